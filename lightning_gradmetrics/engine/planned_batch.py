@@ -153,7 +153,8 @@ class _PlannedBatch:
                     self.table, self.fast, self._plan, self.checks, notes, self.free, recorder, folds, rows
                 )
             except FoldRefused:
-                strategy.plan, self.table.folded = replace(self._plan, folds={}, lays_out=False), None
+                strategy.plan, recorder = replace(self._plan, folds={}, lays_out=False), None
+                self.table.folded = None
             except SelectsRefused:
                 strategy.plan, recorder = replace(self._plan, selects=False), None
             self.state.restore()

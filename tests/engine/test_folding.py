@@ -105,13 +105,13 @@ def test_folded_layers_have_the_statistics_of_the_reference(name: str, dtype: to
 
 @pytest.mark.parametrize("limit", [0, 2**24])
 def test_a_batch_has_the_same_results_again(limit: int, folded: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Folds are for large batches; small ones repeat a known path."""
+    """Folds are for large batches."""
     torch.manual_seed(0)
     monkeypatch.setattr(strategy, "MOST_BYTES", limit)
     model, x = net().float(), torch.randn(5, 3, 12, 12)
     first, *others = [gradient_statistics(model, x, "pseudo_label").norm(2) for _ in range(4)]
     assert all(torch.equal(first, other) for other in others)
-    assert len(folded) == (0 if limit else 2 * 4)
+    assert len(folded) == (0 if limit else 2 * 2)  # later batches repeat them on a known path
 
 
 def test_some_parameters_and_other_norms_are_not_folded(folded: list[str]) -> None:
@@ -239,6 +239,45 @@ def test_a_model_that_uses_the_output_of_a_convolution_gets_it(
     expected = gradient_statistics(model, x, "pseudo_label", per_parameter=True, engine="reference")
     assert worst_difference(found, expected) < 1e-9
     assert "norms.1.weight" in folded
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_model_uses_the_output_of_a_convolution_on_a_known_path(
+    use: Callable[[Tensor], None], folded: list[str]
+) -> None:
+    torch.manual_seed(0)
+    SEEN.clear()
+    is_on: list[bool] = []
+    model = net(lambda z: use(z) if is_on else _shape_only(z))
+    for _ in range(4):
+        compare(model, torch.randn(5, 3, 12, 12, dtype=torch.float64))
+        assert SEEN["shape"][2:] == (20, 4, True)
+    assert folded == ["norms.0.weight", "norms.1.weight"] * 2, "no path is known"
+    is_on.append(True)
+    for _ in range(2):
+        compare(model, torch.randn(5, 3, 12, 12, dtype=torch.float64))
+        assert not _numbers(SEEN.pop("left")).is_meta
+
+
+def test_changed_norms_are_noticed_on_a_known_path(folded: list[str]) -> None:
+    torch.manual_seed(0)
+    model = net()
+
+    def compare_again() -> None:
+        for _ in range(3):
+            compare(model, torch.randn(5, 3, 12, 12, dtype=torch.float64))
+
+    compare_again()
+    norm: Any = model.norms[0]
+    norm.running_mean = norm.running_mean + 1
+    norm.running_var.mul_(2)
+    norm.weight.data = torch.randn_like(norm.weight)
+    compare_again()
+    assert folded == ["norms.0.weight", "norms.1.weight"] * 2
+    norm.eps = 0.5
+    compare_again()
+    norm.weight = nn.Parameter(torch.randn_like(norm.weight))
+    compare_again()
 
 
 def _numbers(left: Any) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lightning_gradmetrics as lgm
 from lightning_gradmetrics.engine.auto import _STRATEGIES
+from lightning_gradmetrics.engine.passes import path_record
 
 CHANGED: dict[str, Any] = {"on": False}
 """State that is not part of any model, so that no key of a strategy shows its changes."""
@@ -83,6 +86,27 @@ def in_place(net: Net, h: Tensor) -> Tensor:
     return first - 0.5
 
 
+def listed(net: Net, h: Tensor) -> Tensor:
+    first, second = h.exp(), h.tanh()
+    return torch.cat([second, first] if is_on() else [first, second], 1).view(-1, 2, 8).square().sum(1)
+
+
+def one_less(net: Net, h: Tensor) -> Tensor:
+    parts = [h.exp(), h.tanh(), h.sigmoid()]
+    return torch.stack(parts[: 2 if is_on() else 3]).sum(0)
+
+
+def halves(net: Net, h: Tensor) -> Tensor:
+    first, second = h.exp().chunk(2, 1)
+    return torch.cat((second, second if is_on() else first), 1)
+
+
+def filled(net: Net, h: Tensor) -> Tensor:
+    mask = h.new_ones(8)
+    mask[3:5] = 3.0 if is_on() else 2.0
+    return h * mask
+
+
 def checkpointed(net: Net, h: Tensor) -> Tensor:
     return checkpoint(net.other, h, use_reentrant=False) if is_on() else net.other(h)
 
@@ -107,6 +131,10 @@ CHANGES: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "a value that Python reads": read,
     "an operation in place": in_place,
     "a checkpoint": checkpointed,
+    "the order of a list": listed,
+    "the length of a list": one_less,
+    "one of two results": halves,
+    "a value that is assigned": filled,
 }
 
 
@@ -135,21 +163,28 @@ def require_equal(model: nn.Module, tokens: Tensor) -> None:
             torch.testing.assert_close(one.moments[key], value, rtol=1e-9, atol=1e-12)
 
 
-FAST = ("a constant", "a buffer")
+FAST = {("a constant", False), ("a buffer", False), ("the order of a list", True)}
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in CHANGES]
+    ("name", "is_large"),
+    [
+        pytest.param(*case, marks=() if case in FAST else pytest.mark.slow)
+        for case in itertools.product(CHANGES, [False, True])
+    ],
 )
 @pytest.mark.filterwarnings("ignore:no fast rule")
-def test_a_change_of_a_known_path_is_noticed(name: str) -> None:
+def test_a_change_of_a_known_path_is_noticed(name: str, is_large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a path that releases results, as that of a large batch."""
+    if is_large:
+        monkeypatch.setattr(path_record, "MOST_BYTES", 0)
     torch.manual_seed(0)
     CHANGED.clear()
     CHANGED["on"] = False
     model = Net(CHANGES[name]).double().eval()
     for _ in range(4):
         require_equal(model, batch())
-    assert any(path is not None for path in paths_of(model)), "no path is known"
+    assert [path.is_large for path in paths_of(model)] == [is_large]
     CHANGED["on"] = True
     CHANGED["pad"] = [0, 1]
     if name == "a list":
@@ -158,6 +193,27 @@ def test_a_change_of_a_known_path_is_noticed(name: str) -> None:
         require_equal(model, batch())
     CHANGED["on"] = False
     require_equal(model, batch())
+
+
+def test_a_large_path_stores_no_result_longer_than_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(path_record, "MOST_BYTES", 0)
+    alive: list[int] = []
+    results: list[ref[Tensor]] = []
+
+    def end(h: Tensor) -> Tensor:
+        for _ in range(5):
+            h = h.neg()  # stores nothing for its backward pass
+            results.append(ref(h))
+        alive.append(sum(result() is not None for result in results))
+        results.clear()
+        return h * 2
+
+    model = InOrder(end).double().eval()
+    require_known_path(model)
+    x = torch.randn(5, 6, dtype=torch.float64)
+    lgm.gradient_statistics(model, x, "uniform")
+    assert alive[-1] == 1
 
 
 def test_new_values_tied_layers_and_chosen_parameters() -> None:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from lightning_gradmetrics.classifier.forward import tensors_in
 from lightning_gradmetrics.classifier.preservation import ModelRecord
 from lightning_gradmetrics.engine.inputs.samples import close_rows, input_shapes, input_structure
+from lightning_gradmetrics.engine.passes.known_calls import KnownPath
 from lightning_gradmetrics.engine.passes.path_check import forward_alone, logits_on_path
-from lightning_gradmetrics.engine.passes.path_record import KnownPath
 from lightning_gradmetrics.engine.passes.plan import PlanError
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.engine.tracing.model_state import ForwardState, attribute_key

@@ -27,7 +27,7 @@ from lightning_gradmetrics.engine.passes.plan import Fold, Plan, PlanError, Sour
 from lightning_gradmetrics.engine.passes.tracer import Sink, Tracer
 from lightning_gradmetrics.engine.rules import RULES, Call, Rule, bind
 from lightning_gradmetrics.engine.rules.convolution import scaling_pays, weight_dominates
-from lightning_gradmetrics.engine.rules.folded import FOLDED
+from lightning_gradmetrics.engine.rules.folded import FOLDED, run_folded
 from lightning_gradmetrics.engine.rules.norm import channels_last_group_norm
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.engine.tracing.axes import Axis
@@ -36,7 +36,16 @@ from lightning_gradmetrics.engine.tracing.dependence import DependenceTrace
 from lightning_gradmetrics.engine.tracing.trace import CallTrace, TracedCall
 from lightning_gradmetrics.engine.uses import Use
 
-__all__ = ["FoldRefused", "FoldingTracer", "can_lay_out", "find_folds", "folded_logits"]
+__all__ = [
+    "METADATA",
+    "FoldRefused",
+    "FoldingTracer",
+    "can_lay_out",
+    "find_folds",
+    "folded_logits",
+    "hidden_tensor",
+    "result_in_layout",
+]
 
 CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
 
@@ -161,6 +170,38 @@ def _fold(number: int, values: Mapping[str, Any], names: Mapping[int, str], buff
 # -- running ----------------------------------------------------------------------------------------------------------
 
 
+def hidden_tensor(output: Tensor) -> Tensor:
+    """Return the tensor that the model has instead of the output of a folded convolution.
+
+    Code that no function mode sees, such as a scripted module or another thread, cannot mistake it for the output.
+    """
+    return torch.empty_like(output, device="meta", requires_grad=True)
+
+
+def result_in_layout(function: Any, values: dict[str, Any]) -> Tensor | None:
+    """Return the result of a layer of images in the channels-last layout; ``None`` for other layers.
+
+    Args:
+        function: The function of the layer.
+        values: Its arguments by name; group norms add to them.
+
+    Raises:
+        FoldRefused: If no kernel covers a group norm.
+    """
+    x = values["input"]
+    if x.ndim != 4:
+        return None
+    if function is torch.conv2d and x.is_contiguous() and not weight_dominates(values):
+        output: Tensor = torch.conv2d(**{**values, "input": x.contiguous(memory_format=torch.channels_last)})
+        return output
+    if function is not torch.group_norm or x.is_contiguous():
+        return None
+    result = channels_last_group_norm(values)
+    if result is None:
+        raise FoldRefused("no kernel covers a group norm in this layout")
+    return result
+
+
 class FoldingTracer(Tracer):
     """A tracer that runs folded convolutions.
 
@@ -243,22 +284,13 @@ class FoldingTracer(Tracer):
         return super()._run_rule(step, rule, values, args, kwargs) if result is None else self._rooted(step, result)
 
     def _in_layout(self, step: Step, values: dict[str, Any]) -> Tensor | None:
-        """Return the result of a layer of images in the channels-last layout; ``None`` for other layers.
-
-        Group norms add to the arguments.
-        """
-        x = values["input"]
-        if not self.plan.lays_out or x.ndim != 4:
+        """Return the result of a layer of images in the channels-last layout; ``None`` for other layers."""
+        if not self.plan.lays_out:
             return None
-        if step.function is torch.conv2d and x.is_contiguous() and not weight_dominates(values):
-            output: Tensor = torch.conv2d(**{**values, "input": x.contiguous(memory_format=torch.channels_last)})
-            return output
-        if step.function is not torch.group_norm or x.is_contiguous():
-            return None
-        result = channels_last_group_norm(values)
-        if result is None:
+        try:
+            return result_in_layout(step.function, values)
+        except FoldRefused:
             self._refuse()
-        return result
 
     def _pays(self, fold: Fold, values: Mapping[str, Any]) -> bool:
         """Return whether to fold a convolution: it must run as in the trace, and the sums of the kernel must pay.
@@ -274,23 +306,17 @@ class FoldingTracer(Tracer):
 
     def _convolve(self, step: Step, fold: Fold, values: dict[str, Any]) -> Tensor:
         """Return a hidden tensor instead of the output of a convolution."""
-        x, weight, bias = values["input"], values["weight"], values.get("bias")
-        self._fitted(Axis(0), x.shape)
+        self._fitted(Axis(0), values["input"].shape)
         names = {"weight": fold.weight, "bias": fold.bias}
         arguments = {key: self.parameters[name] for key, name in names.items()}
-        arguments["running_mean"] = mean = self._buffers[fold.mean]
-        arguments["running_var"] = variance = self._buffers[fold.variance]
-        per_deviation = torch.rsqrt(variance + fold.eps)
-        scale = arguments["weight"] * per_deviation
-        centre = -mean if bias is None else bias - mean
-        folded_weight = weight * scale.view(-1, *[1] * (weight.ndim - 1))
-        shift = arguments["bias"] + centre * scale
-        output = self._rooted(step, step.function(**{**values, "weight": folded_weight, "bias": shift}))
+        arguments["running_mean"], arguments["running_var"] = self._buffers[fold.mean], self._buffers[fold.variance]
         slots = self._slots(values) | {f"norm_{key}": name for key, name in names.items()}
-        self._collect_at(output, {**values, "scale": scale, "centre": centre, "per_deviation": per_deviation}, slots)
+        if self.recorder is not None:
+            self.recorder.note_fold(self.outline, self.position - 1, step, fold, slots, arguments)
+        output = self._rooted(step, run_folded(step.function, values, arguments, fold.eps))
+        self._collect_at(output, values, slots)
         self._fitted(Axis(0), output.shape)
-        # Code that this mode does not see, such as a scripted module or another thread, cannot mistake it for the output.
-        hidden = torch.empty_like(output, device="meta", requires_grad=True)
+        hidden = hidden_tensor(output)
         self._folded[id(hidden)] = _Folded(fold, hidden, output, arguments)
         return hidden
 

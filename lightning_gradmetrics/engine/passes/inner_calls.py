@@ -18,7 +18,7 @@ from lightning_gradmetrics.engine.rules import Rule
 from lightning_gradmetrics.engine.tracing.axes import Axis
 from lightning_gradmetrics.engine.tracing.calls import DECOMPOSED, has_tensors
 
-__all__ = ["HeldStep", "InnerCall", "InnerCalls", "Picker", "is_constant", "picker"]
+__all__ = ["HeldNorm", "HeldStep", "InnerCall", "InnerCalls", "Picker", "is_constant", "picker"]
 
 Picker = Callable[[Sequence[Any]], tuple[Any, ...]]
 """Returns some entries of a list as a tuple."""
@@ -39,6 +39,7 @@ class HeldStep:
         names: The names of the arguments.
         length: The length of the sample axis of the input.
         run: The function of the rule that computes the result; ``None`` if the function of the step does.
+        norm: The norm whose output a folded convolution returns; ``None`` for other steps.
     """
 
     step: Step
@@ -49,6 +50,20 @@ class HeldStep:
     names: frozenset[str]
     length: int
     run: Callable[[dict[str, Any]], Tensor] | None
+    norm: HeldNorm | None = None
+
+
+@dataclass(frozen=True)
+class HeldNorm:
+    """A batch norm that is folded into a convolution.
+
+    Args:
+        numbers: The number of each of its tensors among the entries of the path, by the name of the argument.
+        eps: Added to the variance.
+    """
+
+    numbers: Mapping[str, int]
+    eps: float
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ ordinary way.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from operator import is_
 from typing import Any
 
@@ -18,8 +19,9 @@ from torch._ops import OpOverload
 from torch.autograd.graph import GradientEdge
 
 from lightning_gradmetrics.engine.passes.inner_calls import HeldStep
+from lightning_gradmetrics.engine.passes.known_calls import KnownCall, KnownPath
 from lightning_gradmetrics.engine.passes.path_check import PathChanged, PathCheck, PathFollower
-from lightning_gradmetrics.engine.passes.path_record import KnownCall, KnownPath, leaves_of
+from lightning_gradmetrics.engine.passes.path_record import leaves_of
 from lightning_gradmetrics.engine.passes.plan import Plan, PlanError, Step
 from lightning_gradmetrics.engine.passes.tracer import Sink, Tracer
 from lightning_gradmetrics.engine.rules import Call, bind
@@ -156,7 +158,7 @@ class KnownTracer(PathFollower, Tracer):
             result = self._hold(known.held, args, kwargs)
         else:
             result = self._run(func, args, kwargs) if known.has_sources else func(*args, **kwargs)
-        self._note(known, values, result)
+        self._note(known, result)
         return result
 
     def _rule(self, step: Step, args: Any, kwargs: Any) -> Any:
@@ -173,14 +175,21 @@ class KnownTracer(PathFollower, Tracer):
         result = self._run_rule(held.step, held.rule, values, args, kwargs)
         for name in held.slots.values():
             self._expect(name)
-        self._held.append((held, Call(values, held.axis, held.out, held.names), values["input"]._version))
+        call, version = Call(values, held.axis, held.out, held.names), values["input"]._version
+        if self._path.is_large:
+            result.register_hook(partial(self._rule_gradient, held.rule, call, held.slots, version))  # type: ignore[no-untyped-call]
+            return result
+        self._held.append((held, call, version))
         node: Any = result.grad_fn
         self._edges.append(GradientEdge(node, result.output_nr))
         return result
 
     def backward(self, total: Tensor, last: bool = True, gradient: Tensor | None = None) -> None:
-        """Run the backward pass, which returns the gradients of the held results."""
+        """Run the backward pass, which returns the gradients of the held results, or calls the hooks of a large path."""
         if not total.requires_grad:
+            return
+        if self._path.is_large:
+            super().backward(total, last, gradient)
             return
         self._backward, self._last = True, last
         try:

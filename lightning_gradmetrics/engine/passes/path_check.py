@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from operator import is_
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -12,8 +12,10 @@ from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 
 from lightning_gradmetrics.classifier.tensor_records import version_of
-from lightning_gradmetrics.engine.passes.path_record import KnownCall, KnownPath, PathRecorder, is_equal, leaves_of
+from lightning_gradmetrics.engine.passes.known_calls import KnownCall, KnownPath, TensorList, described, is_equal
+from lightning_gradmetrics.engine.passes.path_record import PathRecorder, leaves_of
 from lightning_gradmetrics.engine.task import Task
+from lightning_gradmetrics.engine.tracing.calls import tensors_in
 from lightning_gradmetrics.engine.tracing.graph import storing_hooks
 from lightning_gradmetrics.engine.tracing.model_state import ForwardState, quiet_no_grad
 from lightning_gradmetrics.engine.tracing.outline import Outline, Recording
@@ -40,12 +42,19 @@ _HARMLESS = frozenset(
 
 _HARMLESS_ATTRIBUTES = frozenset(
     getattr(Tensor, name).__get__
-    for name in ["shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_cuda", "is_leaf"]
+    for name in [
+        *("shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_leaf", "itemsize", "nbytes"),
+        *("is_cuda", "is_meta", "is_nested", "is_sparse", "is_quantized"),
+    ]
 )
 
 
 _VERSION = Tensor._version.__get__  # type: ignore[attr-defined]
 """The same as :func:`version_of`, much faster, for tensors that are no inference tensors."""
+
+
+_RELEASED = object()
+"""An entry that no later call uses; no argument is the same object."""
 
 
 class PathChanged(Exception):
@@ -67,7 +76,7 @@ class PathFollower:
             self._versions = list(map(_VERSION, leaves))
         except RuntimeError:  # a leaf is an inference tensor
             self._version_of, self._versions = version_of, list(map(version_of, leaves))
-        self._entries: list[Any] = [*leaves, *[None] * len(path.calls), *path.constants]
+        self._entries: list[Any] = [*leaves, *[None] * path.made, *path.constants]
         self._path, self._place, self._is_lost = path, 0, False
 
     def _next_call(self, func: Any, values: Sequence[Any], kwargs: Any) -> KnownCall | None:
@@ -81,19 +90,30 @@ class PathFollower:
             self._lose()
         return known
 
-    def _note(self, known: KnownCall, values: Sequence[Any], result: Any) -> None:
+    def _note(self, known: KnownCall, result: Any) -> None:
         """Compare the result of a call with the recorded one, and how often its arguments were changed in place."""
-        if type(result) is not Tensor or result.dtype is not known.dtype or result.shape != known.shape:
+        versions, version, entries = self._versions, self._version_of, self._entries
+        is_tensor = type(result) is Tensor
+        if is_tensor and (result.dtype is not known.dtype or result.shape != known.shape):
             self._lose()
-        versions, version = self._versions, self._version_of
+        if not is_tensor and (known.dtype is not None or described(result) != known.results):
+            self._lose()
         if not self._path.is_pure:
-            for position, number, changes in known.tensors:
-                if version(values[position]) - versions[number] != changes:
+            for number, changes in known.tensors:
+                if version(entries[number]) - versions[number] != changes:
                     self._lose()
-        self._entries[len(versions)] = result
-        versions.append(version(result))
+        for made in (result,) if is_tensor else tensors_in(result):
+            entries[len(versions)] = made
+            versions.append(version(made))
+        for number in known.released:
+            entries[number] = _RELEASED
 
-    def _lose(self) -> None:
+    @property
+    def is_lost(self) -> bool:
+        """Whether the path has changed."""
+        return self._is_lost
+
+    def _lose(self) -> NoReturn:
         """Note that the path has changed, and raise the exception, which the model may catch."""
         self._is_lost = True
         raise PathChanged
@@ -112,7 +132,10 @@ class PathFollower:
         expected = known.pick(self._entries)
         if not all(map(is_, values, expected)):
             for value, number, entry in zip(values, known.numbers, expected, strict=True):
-                if value is not entry and (number >= 0 or not is_equal(value, entry)):
+                if type(entry) is TensorList:
+                    if not entry.matches(value, self._entries):
+                        return False
+                elif value is not entry and (number >= 0 or not is_equal(value, entry)):
                     return False
         usual = torch.is_grad_enabled() is known.has_gradients and not torch.is_inference_mode_enabled()
         return usual and not storing_hooks(True)
@@ -155,14 +178,18 @@ class PathCheck(PathFollower, TorchFunctionMode):
         """Run one call, which must be the recorded one."""
         kwargs = kwargs or {}
         if type(func) is OpOverload:
-            return func(*args, **kwargs)
+            return self._operator(func, args, kwargs)
         values = (*args, *kwargs.values()) if kwargs else args
         known = self._next_call(func, values, kwargs)
         if known is None:
             return self._harmless(func, args, kwargs)
         result = self._run(known, values, args, kwargs)
-        self._note(known, values, result)
+        self._note(known, result)
         return result
+
+    def _operator(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operator of the dispatcher, which is not a call of the model."""
+        return func(*args, **kwargs)
 
     def _run(self, known: KnownCall, values: Sequence[Any], args: Any, kwargs: Any) -> Any:
         """Return the result of a recorded call."""

@@ -4,87 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.engine.passes.inner_calls import HeldStep, InnerCall, InnerCalls, Picker, is_constant, picker
-from lightning_gradmetrics.engine.passes.plan import Source, Step
+from lightning_gradmetrics.engine.passes.inner_calls import (
+    HeldNorm,
+    HeldStep,
+    InnerCalls,
+    is_constant,
+    picker,
+)
+from lightning_gradmetrics.engine.passes.known_calls import KnownCall, KnownPath, TensorList, described, releasing
+from lightning_gradmetrics.engine.passes.plan import Fold, Source, Step
 from lightning_gradmetrics.engine.rules import Call, Rule
+from lightning_gradmetrics.engine.rules.folded import FOLDED
 from lightning_gradmetrics.engine.task import Task
+from lightning_gradmetrics.engine.tracing.axes import Axis
 from lightning_gradmetrics.engine.tracing.calls import has_tensors, tensors_in
 from lightning_gradmetrics.engine.tracing.graph import saves_through_hooks
 from lightning_gradmetrics.engine.tracing.outline import Outline
 
-__all__ = ["MOST_BYTES", "KnownCall", "KnownPath", "PathRecorder", "is_equal", "leaves_of"]
+__all__ = ["MOST_BYTES", "PathRecorder", "leaves_of"]
 
 MOST_BYTES = 2**24
-"""Largest size of all results of a known path, which are stored until its backward pass ends."""
-
-
-@dataclass(frozen=True)
-class KnownCall:
-    """A recorded call that returns one tensor.
-
-    Args:
-        function: The function.
-        numbers: The number of each argument among the entries of the path, see :class:`KnownPath`.
-        pick: Returns the arguments from the entries.
-        names: The names of the last arguments, which were passed by keyword.
-        has_gradients: Whether gradients were enabled.
-        dtype: The type of the result.
-        shape: Its shape.
-        has_sources: Whether the plan has steps for this call.
-        held: How the parameters' gradients follow from that of the result; ``None`` if the ordinary step is repeated.
-        inner: The calls inside a function that torch implements in Python, if they can be repeated without it.
-        spare: The entries of the inner calls: ``None`` for each result, then the constants.
-        tensors: The position and the number of each argument that is a tensor, and how often it was changed in place since it
-            was made.
-    """
-
-    function: Any
-    numbers: tuple[int, ...]
-    pick: Picker
-    names: tuple[str, ...]
-    has_gradients: bool
-    dtype: torch.dtype
-    shape: torch.Size
-    has_sources: bool
-    held: HeldStep | None
-    inner: tuple[InnerCall, ...]
-    spare: tuple[Any, ...]
-    tensors: tuple[tuple[int, int, int], ...]
-
-
-@dataclass(frozen=True)
-class KnownPath:
-    """The calls of a forward pass on a batch of one size.
-
-    Its entries are the leaves (inputs, parameters, buffers and tensors among the attributes), the result of each call, and the
-    constants among the arguments, whose numbers are negative.
-
-    Args:
-        calls: The calls.
-        constants: The constants, in the order of the entries.
-        end: The number of the tensor that is the logits, and how often it was changed in place.
-        chosen: The numbers of the chosen parameters.
-        leaves: The number of leaves.
-        held: The steps whose gradients are computed after the backward pass, by their positions in the plan.
-        is_direct: Whether all steps of the plan are held and run without the plan, and each parameter has one step.
-        is_pure: Whether no tensor was changed in place.
-    """
-
-    calls: tuple[KnownCall, ...]
-    constants: tuple[Any, ...]
-    end: tuple[int, int]
-    chosen: tuple[int, ...]
-    leaves: int
-    held: Mapping[int, HeldStep]
-    is_direct: bool
-    is_pure: bool
+"""Largest size of all results of a path that are stored until its backward pass ends. On a large path, a result is released after its
+last use, and gradients are collected as they arrive."""
 
 
 def leaves_of(task: Task, inputs: Any = None) -> list[Tensor] | None:
@@ -114,9 +61,11 @@ class PathRecorder:
 
     Args:
         task: The batch.
+        is_large: Whether the path is a large one in any case.
+        lays_out: Whether images are laid out channels last.
     """
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, is_large: bool = False, lays_out: bool = False) -> None:
         leaves = leaves_of(task)
         self._is_simple = leaves is not None
         self._count = len(leaves or ())
@@ -125,19 +74,24 @@ class PathRecorder:
         self._calls: list[KnownCall] = []
         self._constants: list[Any] = []
         self._held: dict[int, HeldStep] = {}
-        self._steps = self._bytes = 0
+        self._steps = self._bytes = self._made = 0
+        self._norms: set[int] = set()
+        self._is_large, self._lays_out = is_large, lays_out
         self.inside = InnerCalls()
 
     def path(self) -> KnownPath | None:
         """Return the path; ``None`` if a call has arguments or results that cannot be compared."""
-        if self._end is None or not self._is_simple:
+        is_large, is_direct = self._is_large or self._bytes > MOST_BYTES, self._is_direct()
+        if self._end is None or not self._is_simple or (self._norms and not is_direct):
             return None
         changes = self._end[1]
         for call in self._calls:
-            changes += sum(count for *_, count in call.tensors)
+            changes += sum(count for _, count in call.tensors)
+        calls = releasing(self._calls, self._count, self._end[0]) if is_large else self._calls
         constants = tuple(reversed(self._constants))
         fixed = (self._end, self._chosen, self._count, self._held)
-        return KnownPath(tuple(self._calls), constants, *fixed, self._is_direct(), changes == 0)
+        is_pure = changes == 0 and not is_large
+        return KnownPath(tuple(calls), constants, *fixed, is_direct, is_pure, is_large, self._lays_out, self._made)
 
     def _is_direct(self) -> bool:
         """Return whether all steps of the plan are held and run without the plan, and each parameter has one step."""
@@ -148,7 +102,9 @@ class PathRecorder:
         for call in self._calls:
             steps += [call.held, *(inner.held for inner in call.inner)]
         run = len(steps) - steps.count(None)
-        return run == len(self._held) == self._steps and len(set(names)) == len(names)
+        norms = sum(call.is_norm for call in self._calls)
+        is_run = run == len(self._held) == self._steps - norms and norms == len(self._norms)
+        return is_run and len(set(names)) == len(names)
 
     def end(self, outline: Outline, logits: Tensor) -> None:
         """Note which tensor the logits are."""
@@ -181,6 +137,29 @@ class PathRecorder:
             length = call.values["input"].shape[call.axis.dim]
             self._held[position] = HeldStep(step, rule, names, call.axis, call.out, call.slots, length, run)
 
+    def note_fold(
+        self, outline: Outline, position: int, step: Step, fold: Fold, slots: Mapping[str, Source], tensors: Any
+    ) -> None:
+        """Add a convolution that returns the output of the batch norm after it.
+
+        Args:
+            outline: The earlier calls.
+            position: Its position in the plan.
+            step: Its step.
+            fold: The norm.
+            slots: The parameters of both by the names of the arguments.
+            tensors: The parameters and statistics of the norm by the names of its arguments.
+        """
+        numbers: dict[str, int] = {}
+        for key, tensor in tensors.items():
+            number, changes = self._entry(outline, tensor) or (-1, 0)
+            self._is_simple = self._is_simple and 0 <= number < self._count and changes == 0
+            numbers[key] = number
+        names = {slot: str(source) for slot, source in slots.items()}
+        norm = HeldNorm(numbers, fold.eps)
+        self._held[position] = HeldStep(step, FOLDED, names, Axis(0), Axis(0), frozenset(names), 0, None, norm)
+        self._norms.add(fold.norm)
+
     def add_inner(self, function: Any, args: Any, kwargs: Mapping[str, Any], result: Any, start: int, end: int) -> None:
         """Add a call inside a function that torch implements in Python; the arguments are those of :meth:`add`."""
         self.inside.add(function, args, kwargs, result, self._held.get(start), end - start)
@@ -203,20 +182,41 @@ class PathRecorder:
         if not self._is_simple or _is_ignored(function, result):
             return
         values = (*args, *kwargs.values())
-        entries: Any = tuple(map(partial(self._entry, outline), values))
+        tensors: list[tuple[int, int]] = []
+        numbers = [self._number(outline, value, tensors) for value in values]
         has_gradients = torch.is_grad_enabled()
-        self._is_simple = None not in entries and _is_comparable(outline, result) and (has_gradients or start == end)
+        results = described(result)
+        is_comparable = results is not None and None not in numbers and _is_comparable(outline, result)
+        self._is_simple = is_comparable and (has_gradients or start == end)
         if not self._is_simple:
             return
-        self._bytes += result.numel() * result.element_size()
-        self._is_simple = self._bytes <= MOST_BYTES
+        made = list(tensors_in(result))
+        self._made += len(made)
+        self._bytes += sum(tensor.numel() * tensor.element_size() for tensor in made)
         held = self._held.get(start) if end == start + 1 else None
         if held is not None and held.step.function != function:
             held = None  # the step is inside of the call
         inner, spare = inside.repeatable(function, values, result) if end > start and held is None else ((), ())
-        numbers = tuple(number for number, _ in entries)
-        compared = (function, numbers, picker(numbers), tuple(kwargs), has_gradients, result.dtype, result.shape)
-        self._calls.append(KnownCall(*compared, end > start, held, inner, spare, _tensors(entries)))
+        dtype, shape = (result.dtype, result.shape) if isinstance(result, Tensor) else (None, None)
+        compared = (function, tuple(numbers), picker(numbers), tuple(kwargs), has_gradients, dtype, shape)
+        call = KnownCall(*compared, end > start, held, inner, spare, tuple(tensors))
+        is_norm = end == start + 1 and start in self._norms
+        self._calls.append(replace(call, is_norm=is_norm, results=results or ()))
+
+    def _number(self, outline: Outline, value: Any, tensors: list[tuple[int, int]]) -> Any:
+        """Return the number of an argument, and add the tensors in it; ``None`` if it cannot be compared."""
+        if type(value) in (list, tuple) and value and all(isinstance(item, Tensor) for item in value):
+            numbers = [self._number(outline, item, tensors) for item in value]
+            if None in numbers:
+                return None
+            self._constants.append(TensorList(type(value), tuple(numbers), picker(numbers)))
+            return -len(self._constants)
+        entry = self._entry(outline, value)
+        if entry is None:
+            return None
+        if entry[0] >= 0:
+            tensors.append(entry)
+        return entry[0]
 
     def _entry(self, outline: Outline, value: Any) -> tuple[int, int] | None:
         """Return the number of an argument, and how often it was changed in place; ``None`` if it cannot be compared."""
@@ -235,32 +235,13 @@ class PathRecorder:
         return (origin[1], 0) if len(origin) == 2 else None  # a leaf, which no operator has changed
 
 
-def _tensors(entries: Sequence[tuple[int, Any]]) -> tuple[tuple[int, int, int], ...]:
-    """Return the position, the number and the changes of each argument that is a tensor."""
-    tensors: list[tuple[int, int, int]] = []
-    for position, (number, changes) in enumerate(entries):
-        if number >= 0:
-            tensors.append((position, number, changes))
-    return tuple(tensors)
-
-
 def _is_ignored(function: Any, result: Any) -> bool:
     """Return whether an outline ignores a call."""
     return not has_tensors(result) and (result is not None or getattr(function, "__name__", "") == "_assert")
 
 
 def _is_comparable(outline: Outline, result: Any) -> bool:
-    """Return whether a call can be compared: it returns one tensor, and autograd stores and computes as usual."""
-    if type(result) is not Tensor or result.is_inference() or torch.is_inference_mode_enabled():
+    """Return whether a call can be compared: autograd stores and computes as usual."""
+    if torch.is_inference_mode_enabled() or any(map(Tensor.is_inference, tensors_in(result))):
         return False
     return not (saves_through_hooks() or outline.has_hooks or outline.reads)
-
-
-def is_equal(value: Any, constant: Any) -> bool:
-    """Return whether an argument is a constant; ``-0.0`` is not ``0.0``, and 1 is not ``True``.
-
-    Example:
-        >>> is_equal([3, 3], [3, 3]), is_equal(-0.0, 0.0)
-        (True, False)
-    """
-    return value is constant or (type(value) is type(constant) and repr(value) == repr(constant))

@@ -13,12 +13,15 @@ from lightning_gradmetrics.classifier.notices import RANDOM, first_time
 from lightning_gradmetrics.engine.passes.agreement import VerificationNotes
 from lightning_gradmetrics.engine.passes.folding import FoldingTracer
 from lightning_gradmetrics.engine.passes.gather import MomentTable
+from lightning_gradmetrics.engine.passes.known_calls import KnownPath
 from lightning_gradmetrics.engine.passes.known_path import DirectPass, KnownTracer
+from lightning_gradmetrics.engine.passes.large_path import LargePass
 from lightning_gradmetrics.engine.passes.owners import OwnershipPass
-from lightning_gradmetrics.engine.passes.path_record import MOST_BYTES, KnownPath, PathRecorder
+from lightning_gradmetrics.engine.passes.path_check import PathChanged
+from lightning_gradmetrics.engine.passes.path_record import MOST_BYTES, PathRecorder
 from lightning_gradmetrics.engine.passes.plan import Plan
 from lightning_gradmetrics.engine.passes.row_sums import RowSums
-from lightning_gradmetrics.engine.passes.selects import joined_selects
+from lightning_gradmetrics.engine.passes.selects import SelectsRefused, joined_selects
 from lightning_gradmetrics.engine.passes.tracer import Tracer
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.engine.tracing.graph import reached_parameters
@@ -118,16 +121,16 @@ class Strategy:
         Python must read no values of tensors.
         """
         verified = self.times.get(here, {})
-        if self.folds(task) or here in self.paths or len(verified) != 1 or self.plan is None or self.plan.reads != ():
+        if here in self.paths or len(verified) != 1 or self.plan is None or self.plan.reads != ():
             return None
         is_unusual = self.random or self.quiet or bool(self.slow) or task.memory is not None
-        return None if is_unusual else PathRecorder(task)
+        folds = self.folds(task)
+        return None if is_unusual else PathRecorder(task, folds, folds and self.plan.lays_out)
 
     def folds(self, task: Task) -> bool:
         """Return whether to fold batch norms into convolutions, or to change the layout of images.
 
-        This is done in batches that are too large for calls to be compared one by one, so that all batches of a size run in the same
-        way, and the same batch has the same results again.
+        This depends on the size of the batch only, so the same batch has the same results again.
         """
         return self.plan is not None and self.plan.changes_layers and self.bytes * task.size > MOST_BYTES
 
@@ -210,7 +213,7 @@ def collect_fast(
         tracer, table.folded = FoldingTracer(plan, task, sink, free), plan
     else:
         tracer = Tracer(plan, plan.known_parameters(task.model, task.parameters), task.size, sink, free)
-        tracer.recorder = recorder
+    tracer.recorder = recorder
     tracer.notes, tracer.rows, tracer.outline.leaves = notes, rows, task.leaves()
     if isinstance(tracer, FoldingTracer):
         logits = tracer.forward(task)
@@ -246,9 +249,18 @@ def collect_on_path(
     """
     freeze(task)
     tracer: DirectPass | KnownTracer
-    tracer = DirectPass(path, task, table.add) if path.is_direct else KnownTracer(plan, table.add, path, task, free)
-    with tracer:
-        logits = task.forward()
+    if path.is_direct:
+        tracer = (LargePass if path.is_large else DirectPass)(path, task, table.add)
+    else:
+        tracer = KnownTracer(plan, table.add, path, task, free)
+    try:
+        with joined_selects(path.is_large and plan.selects), tracer:
+            logits = task.forward()
+    except Exception as error:
+        # The model may have replaced the error. An ordinary pass raises the errors of the model again.
+        if tracer.is_lost or path.changes_layers or isinstance(error, SelectsRefused):
+            raise PathChanged from error
+        raise
     tracer.require_end(logits)
     checks(logits)
     _collect_gradients(table, task, tracer, logits)

@@ -7,9 +7,11 @@ whose output has the gradient of ``y``, and the gradient of ``w`` needs the conv
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_gradmetrics.engine.kernels.native import ChannelScale, native_products
@@ -19,7 +21,29 @@ from lightning_gradmetrics.engine.rules.sums import of_convolution
 from lightning_gradmetrics.engine.uses import ConvUse, RowsUse, Use
 from lightning_gradmetrics.gradients.statistics import Moment, Moments
 
-__all__ = ["FOLDED"]
+__all__ = ["FOLDED", "run_folded"]
+
+
+def run_folded(
+    function: Callable[..., Tensor], values: dict[str, Any], norm: Mapping[str, Tensor], eps: float
+) -> Tensor:
+    """Return the output of the norm, and add ``scale``, ``centre`` and ``per_deviation`` to the arguments of the convolution.
+
+    Args:
+        function: The convolution.
+        values: Its arguments by name.
+        norm: The ``weight``, ``bias``, ``running_mean`` and ``running_var`` of the norm, ``(C,)`` each.
+        eps: Added to the variance.
+    """
+    weight, bias, mean = values["weight"], values.get("bias"), norm["running_mean"]
+    per_deviation = torch.rsqrt(norm["running_var"] + eps)
+    scale = norm["weight"] * per_deviation
+    centre = -mean if bias is None else bias - mean
+    folded_weight = weight * scale.view(-1, *[1] * (weight.ndim - 1))
+    shift = norm["bias"] + centre * scale
+    output = function(**{**values, "weight": folded_weight, "bias": shift})
+    values["scale"], values["centre"], values["per_deviation"] = scale, centre, per_deviation
+    return output
 
 
 @dataclass(frozen=True)
