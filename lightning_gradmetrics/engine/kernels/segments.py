@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -48,6 +48,7 @@ class Segments:
         self._numbers: dict[int, int] = {}
         self._left: list[int] = []
         self._right: list[int] = []
+        self._known: list[Tensor | None] = []
         self.names: list[str] = []
 
     def add(self, name: str, factors: Factors) -> bool:
@@ -60,6 +61,23 @@ class Segments:
         self.names.append(name)
         self._left.append(left_number)
         self._right.append(right_number)
+        return True
+
+    def add_known(self, known: Mapping[str, Moments]) -> bool:
+        """Add the moments ``(N,)`` of parameters that were computed before; return False if they cannot be merged here.
+
+        They are scaled, and merged with the others, by the same call. Something else must have been added.
+        """
+        columns: list[Tensor | None] = []
+        for moments in known.values():
+            columns += map(moments.get, ORDER)
+        if not self._matrices or not all(column is None or _is_double(column) for column in columns):
+            return False
+        first = len(self._known) // len(ORDER)
+        self._known += columns
+        self.names += known
+        self._left += range(-1 - first, -1 - first - len(known), -1)
+        self._right += [-1] * len(known)
         return True
 
     def _takes(self, matrix: Tensor) -> bool:
@@ -97,7 +115,7 @@ class Segments:
         if undo is not None and not (undo.dtype == torch.float64 and undo.is_contiguous()):
             undo = undo.to(torch.float64).contiguous()
         left, right = list(map(self._left.__getitem__, order)), list(map(self._right.__getitem__, order))
-        out = _segment_statistics(self._matrices, undo, left, right, self._has_extremes)
+        out = _segment_statistics(self._matrices, self._known, undo, left, right, self._has_extremes)
         return out[:, :-1].mT, out[:, -1]
 
     def by_name(self) -> dict[str, Moments]:
@@ -111,20 +129,26 @@ class Segments:
 
 
 @operator(
-    "(Tensor[] matrices, Tensor? undo, int[] left, int[] right, bool extremes) -> Tensor",
-    lambda matrices, undo, left, *_: matrices[0].new_empty(
+    "(Tensor[] matrices, Tensor?[] known, Tensor? undo, int[] left, int[] right, bool extremes) -> Tensor",
+    lambda matrices, known, undo, left, *_: matrices[0].new_empty(
         len(ORDER), len(left) + 1, len(matrices[0]), dtype=torch.float64
     ),
 )
 def _segment_statistics(
-    matrices: Sequence[Tensor], undo: Tensor | None, left: Sequence[int], right: Sequence[int], extremes: bool
+    matrices: Sequence[Tensor],
+    known: Sequence[Tensor | None],
+    undo: Tensor | None,
+    left: Sequence[int],
+    right: Sequence[int],
+    extremes: bool,
 ) -> Tensor:
     """Return the moments in the order of ``ORDER``, for each parameter and then over all of them, ``(5, P + 1, N)``.
 
     Args:
         matrices: Each ``(N, D)``.
+        known: Moments ``(N,)`` that were computed before, five for each parameter; ``None`` for those that are not wanted.
         undo: Factors of the entries, ``(N,)``.
-        left: The number of each parameter's matrix, or of its left factor.
+        left: The number of each parameter's matrix, or of its left factor; ``-1 - i`` for the known moments of parameter ``i``.
         right: The number of its right factor, or -1.
         extremes: Whether to compute more than sums and sums of squares.
     """
@@ -136,13 +160,18 @@ def _segment_statistics(
     numbers.extend([matrix.stride(0) for matrix in matrices])
     numbers.extend(left)
     numbers.extend(right)
+    numbers.extend([0 if column is None else column.data_ptr() for column in known])
+    numbers.extend([0 if column is None else column.stride(0) for column in known])
     x = numbers.buffer_info()[0]
+    end = x + 8 * (3 * segments + 2 * outputs)
     job = SegmentJob(
         x=x,
         columns=x + 8 * segments,
         step=x + 16 * segments,
         left=x + 24 * segments,
         right=x + 24 * segments + 8 * outputs,
+        known=end,
+        known_step=end + 8 * len(known),
         undo=None if undo is None else undo.data_ptr(),
         out=out.data_ptr(),
         samples=samples,
@@ -153,6 +182,10 @@ def _segment_statistics(
     run = library_for(matrices[0].dtype, in_graph=True).segment_statistics
     run(ctypes.byref(job), parallel_runner(), 1 if alone else torch.get_num_threads())
     return out
+
+
+def _is_double(column: Tensor) -> bool:
+    return column.dtype == torch.float64 and column.is_cpu and column.ndim == 1
 
 
 def chosen_moments(statistics: Tensor, wanted: Collection[Moment]) -> Moments:

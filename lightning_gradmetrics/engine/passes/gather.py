@@ -105,6 +105,8 @@ class MomentTable:
             waiting = self._waiting[index]
             waiting.update(_segment_moments(self._small[index], self.task.wanted))
             segments = self._segments[index]
+            if waiting and segments.add_known(waiting):
+                waiting = {}
             if is_traced() and (waiting or len(segments.names) < len(self._columns)):
                 waiting.update(segments.by_name())  # a graph has no lists of columns to assign to
             else:

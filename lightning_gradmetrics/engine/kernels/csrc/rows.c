@@ -63,6 +63,8 @@ typedef struct {
   const REAL *const *x;                 /* (segments): matrices with a row for each sample */
   const int64_t *columns, *step;        /* (segments) */
   const int64_t *left, *right;          /* (outputs): the segments of an outer product; right < 0: of left alone */
+  const double *const *known;           /* (parameters, STATISTICS): statistics computed before, with a value for each sample, or NULL */
+  const int64_t *known_step;            /* likewise; left = -1 - i means those of parameter i */
   const double *undo;                   /* (samples): factors of the entries, or NULL */
   double *out;                          /* (STATISTICS, outputs + 1, samples): the last over all outputs */
   int64_t samples, segments, outputs, mode;
@@ -154,6 +156,13 @@ static void scale_block(block_of value, const double *factor, block_of all, int 
   if (mode == ALL) widen(all, value[MAX], value[MIN]);
 }
 
+/* The statistics of one parameter that were computed before. */
+static void known_block(const double *const *known, const int64_t *step, int64_t first, int count, block_of out) {
+  memset(out, 0, sizeof(block_of));
+  for (int k = 0; k < STATISTICS; k++)
+    for (int n = 0; known[k] && n < count; n++) out[k][n] = known[k][(first + n) * step[k]];
+}
+
 static void segment_work(void *data) {
   segment_job *j = data;
   const int64_t blocks = (j->samples + BLOCK_OF_SAMPLES - 1) / BLOCK_OF_SAMPLES, rows = j->outputs + 1;
@@ -176,7 +185,10 @@ static void segment_work(void *data) {
       if (o == j->outputs)
         memcpy(value, all, sizeof all);
       else {
-        if (j->right[o] >= 0)
+        const int64_t before = -1 - j->left[o];
+        if (before >= 0)
+          known_block(j->known + before * STATISTICS, j->known_step + before * STATISTICS, first, count, value);
+        else if (j->right[o] >= 0)
           product_block(found[j->left[o]], found[j->right[o]], value, (int)j->mode);
         else
           memcpy(value, found[j->left[o]], sizeof value);
