@@ -125,7 +125,7 @@ def test_extremes_of_bad_rows_equal_those_of_torch(bad):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("wanted", [ALL, frozenset({2.0}), frozenset({"sum", 2.0})])
 def test_many_small_matrices_have_the_moments_of_torch(dtype, wanted):
-    """Rows of every length around a vector, strided rows, outer products, shared factors and bad values."""
+    """Rows of every length around a vector, strided rows, outer products, shared factors, bad values, moments known before."""
     torch.manual_seed(0)
     together, expected = segments.Segments(wanted), {}
     last = torch.randn(19, 3, dtype=dtype)
@@ -137,6 +137,11 @@ def test_many_small_matrices_have_the_moments_of_torch(dtype, wanted):
         expected[f"rows{number}"] = gradient_moments(rows, wanted)
         expected[f"product{number}"] = factor_moments(rows, last, wanted)
         last = rows
+    for number in range(2):
+        both = torch.stack(list(gradient_moments(rows.double() + number, wanted).values()), 1)  # columns with a stride
+        known = {f"known{number}": dict(zip(wanted, both.unbind(1), strict=True))}
+        assert together.add_known(known)
+        expected |= known
     undo = 2.0 ** torch.randint(-3, 3, (19,)).double()
     names = sorted(expected)
     found, merged = (segments.chosen_moments(part, wanted) for part in together.statistics(names, undo))
@@ -207,8 +212,10 @@ def test_changed_and_unsuitable_matrices_are_noticed():
     together, matrix = segments.Segments({2.0}), torch.ones(2, 3)
     assert not together.add("columns", (torch.ones(3, 2).T, None))
     assert not together.add("half", (matrix.bfloat16(), None))
+    assert not together.add_known({"alone": {2.0: torch.ones(2).double()}})
     assert together.add("matrix", (matrix, None))
     assert not together.add("another type", (matrix.double(), None))
+    assert not together.add_known({"single": {2.0: torch.ones(2)}})
     assert together.unchanged()
     matrix[0, 0] = 5
     assert not together.unchanged()

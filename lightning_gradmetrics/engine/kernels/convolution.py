@@ -104,26 +104,17 @@ def conv_moments(x: Tensor, g: Tensor, geometry: ConvGeometry, wanted: Iterable[
         return _fused(x, g, geometry, keys)
     if in_graph(g):
         names = key_names(keys)
-        return named_moments(_conv_moments(x, g, *geometry.lists(), geometry.groups, names), names)
+        return named_moments(_conv_moments(x, g, geometry.numbers(), names), names)
     return _unfused(x, g, geometry, keys)
 
 
 @operator(
-    "(Tensor x, Tensor g, int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups, str[] names) -> Tensor",
-    lambda x, g, *fields: g.new_empty(len(fields[-1]), len(g), dtype=accumulator(g)),
+    "(Tensor x, Tensor g, int[] geometry, str names) -> Tensor",
+    lambda x, g, geometry, names: g.new_empty(len(keys_of(names)), len(g), dtype=accumulator(g)),
 )
-def _conv_moments(
-    x: Tensor,
-    g: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    names: Sequence[str],
-) -> Tensor:
-    geometry = ConvGeometry(tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), groups)
-    return stacked_by_name(_unfused(x, g, geometry, keys_of(names)), names)
+def _conv_moments(x: Tensor, g: Tensor, geometry: Sequence[int], names: str) -> Tensor:
+    found = _unfused(x, g, ConvGeometry.of_numbers(tuple(geometry)), frozenset(keys_of(names)))
+    return stacked_by_name(found, names)
 
 
 def _unfused(x: Tensor, g: Tensor, geometry: ConvGeometry, keys: frozenset[Moment]) -> Moments:

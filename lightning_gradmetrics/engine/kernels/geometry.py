@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import repeat
 
 import torch.nn.functional as F
@@ -55,6 +56,17 @@ class ConvGeometry:
     def lists(self) -> tuple[list[int], ...]:
         """Return kernel size, stride, padding and dilation as lists, as torch's operators take them."""
         return tuple(map(list, (self.kernel_size, self.stride, self.padding, self.dilation)))
+
+    def numbers(self) -> list[int]:
+        """Return all fields in one list, as an argument of an operator."""
+        return [*self.kernel_size, *self.stride, *self.padding, *self.dilation, self.groups]
+
+    @staticmethod
+    @lru_cache
+    def of_numbers(numbers: Sizes) -> ConvGeometry:
+        """Return the geometry from the list of its fields."""
+        d = len(numbers) // 4
+        return ConvGeometry(numbers[:d], numbers[d : 2 * d], numbers[2 * d : 3 * d], numbers[3 * d : -1], numbers[-1])
 
     @property
     def entries(self) -> int:

@@ -81,7 +81,9 @@ class SegmentJob(ctypes.Structure):
     """``segment_job`` of ``rows.c``."""
 
     _fields_ = (
-        _pointers("x columns step left right known known_step undo out") + _integers("samples segments outputs mode") + _counters("next")
+        _pointers("x columns step left right known known_step undo out")
+        + _integers("samples segments outputs mode")
+        + _counters("next")
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -63,11 +63,11 @@ def linear_moments(a: Tensor, g: Tensor, wanted: Iterable[Moment]) -> Moments:
 
 
 @operator(
-    "(Tensor a, Tensor g, str[] names) -> Tensor",
-    lambda a, g, names: g.new_empty(len(names), len(g), dtype=accumulator(g)),
+    "(Tensor a, Tensor g, str names) -> Tensor",
+    lambda a, g, names: g.new_empty(len(keys_of(names)), len(g), dtype=accumulator(g)),
 )
-def _linear_moments(a: Tensor, g: Tensor, names: Sequence[str]) -> Tensor:
-    return stacked_by_name(_unfused(a, g, keys_of(names)), names)
+def _linear_moments(a: Tensor, g: Tensor, names: str) -> Tensor:
+    return stacked_by_name(_unfused(a, g, frozenset(keys_of(names))), names)
 
 
 def _unfused(a: Tensor, g: Tensor, keys: frozenset[Moment]) -> Moments:

@@ -160,8 +160,11 @@ def _segment_statistics(
     numbers.extend([matrix.stride(0) for matrix in matrices])
     numbers.extend(left)
     numbers.extend(right)
-    numbers.extend([0 if column is None else column.data_ptr() for column in known])
-    numbers.extend([0 if column is None else column.stride(0) for column in known])
+    steps = array("q")
+    for column in known:
+        numbers.append(0 if column is None else column.data_ptr())
+        steps.append(0 if column is None else column.stride(0))
+    numbers.extend(steps)
     x = numbers.buffer_info()[0]
     end = x + 8 * (3 * segments + 2 * outputs)
     job = SegmentJob(

@@ -6,7 +6,8 @@ to memory, and a graph cannot depend on the values of tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from functools import lru_cache
 from typing import cast
 
 import torch
@@ -23,29 +24,30 @@ def in_graph(g: Tensor) -> bool:
     return is_traced() and g.is_cpu and g.numel() > 0
 
 
-def key_names(wanted: Iterable[Moment]) -> list[str]:
-    """Return the names of moments in a fixed order, as torch's operators take them.
+def key_names(wanted: Iterable[Moment]) -> str:
+    """Return the names of moments in a fixed order, as an argument of an operator.
 
     Example:
         >>> key_names({"sum", 2.0})
-        ['2.0', 'sum']
+        '2.0 sum'
     """
-    return sorted(map(str, wanted))
+    return " ".join(sorted(map(str, wanted)))
 
 
-def stacked_by_name(moments: Moments, names: Sequence[str]) -> Tensor:
+@lru_cache
+def keys_of(names: str) -> tuple[Moment, ...]:
+    """Return the moments of :func:`key_names`, in the same order."""
+    return tuple(map(_key, names.split()))
+
+
+def stacked_by_name(moments: Moments, names: str) -> Tensor:
     """Return moments ``(N,)`` as the rows of ``(K, N)``, in the order of their names."""
-    return torch.stack(list(map(moments.__getitem__, map(_key, names))))
+    return torch.stack(list(map(moments.__getitem__, keys_of(names))))
 
 
-def named_moments(rows: Tensor, names: Sequence[str]) -> Moments:
+def named_moments(rows: Tensor, names: str) -> Moments:
     """Return the moments from the rows ``(K, N)`` of :func:`stacked_by_name`."""
-    return dict(zip(map(_key, names), rows.unbind(), strict=True))
-
-
-def keys_of(names: Iterable[str]) -> frozenset[Moment]:
-    """Return the moments of :func:`key_names`."""
-    return frozenset(map(_key, names))
+    return dict(zip(keys_of(names), rows.unbind(), strict=True))
 
 
 def looked_up(table: Tensor, indices: Tensor, *_: object) -> Tensor:
