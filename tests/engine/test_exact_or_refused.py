@@ -286,3 +286,36 @@ def test_forward_passes_that_need_gradients_run_with_the_reference_engine():
     model, x = _OwnGradient().double(), torch.randn(3, 4).double()
     found = [gradient_statistics(model, x, "uniform", engine=engine).norm() for engine in ("auto", "reference")]
     torch.testing.assert_close(*found)
+
+
+class _OfNeeds(torch.autograd.Function):
+    """A product whose gradient of the first factor is doubled if the second one needs a gradient too."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x * weight
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        return gradient * weight * (2 if ctx.needs_input_grad[1] else 1), (gradient * x).sum(0)
+
+
+class _Needing(nn.Module):
+    """Applies such a product between two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.weight, self.head = nn.Linear(4, 4), nn.Parameter(torch.randn(4)), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(_OfNeeds.apply(self.body(x).tanh(), self.weight))
+
+
+@pytest.mark.filterwarnings("ignore:no fast rule")
+def test_functions_see_that_all_chosen_parameters_need_gradients():
+    torch.manual_seed(0)
+    model, x = _Needing().double(), torch.randn(5, 4).double()
+    found = [gradient_statistics(model, x, "uniform", engine=engine).norm() for engine in ("auto", "reference")]
+    torch.testing.assert_close(*found)

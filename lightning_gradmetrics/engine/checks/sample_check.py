@@ -143,7 +143,7 @@ def check_draw(table: MomentTable, names: Collection[str], laid_out: Task, state
     """
     size = table.task.size
     task = laid_out.restricted(names)
-    logits = _logits(task, state)
+    logits = _logits(table, task, state)
     for number in {0, size - 1, *_some_numbers(size, DRAWN)}:
         if not _agree_on_sample(table, number, task, logits, number):
             raise PlanError("the gradients of a sample disagree with autograd")
@@ -176,7 +176,7 @@ def check_sample(
     alone = table.task.rows(number, number + 1).restricted(names)
     outline = Outline(alone.leaves())
     gates = max(GATES, 5 * rounding(next(iter(alone.parameters.values()))))
-    logits = _logits(alone, state, Recording(outline))
+    logits = _logits(table, alone, state, Recording(outline))
     agrees, is_close = _agreement(table, number, alone, logits, 0, (None, None if strict else gates), notes)
     del logits
     if agrees or (is_close and _agrees_as_it_ran(table, number, laid_out.restricted(names), state, notes)):
@@ -197,13 +197,13 @@ def _agrees_as_it_ran(
         first = min(number, laid_out.size - 2)
         pair = laid_out.rows(first, first + 2)
         try:
-            logits = _logits(pair, state, plan=table.folded)
+            logits = _logits(table, pair, state, plan=table.folded)
             if _agree_on_sample(table, number, pair, logits, number - first, notes):
                 return True
             del logits
         except PlanError:  # without the others, Python may read another value
             pass
-    logits = _logits(laid_out, state, plan=table.folded)
+    logits = _logits(table, laid_out, state, plan=table.folded)
     return _agree_on_sample(table, number, laid_out, logits, number, notes)
 
 
@@ -282,15 +282,20 @@ def check_reader(
         return check_sample(table, names, laid_out, state, number, notes=notes)
     except PlanError:
         together = laid_out.restricted(names)
-        logits = _logits(together, state, plan=table.folded)
+        logits = _logits(table, together, state, plan=table.folded)
         if not _agree_on_sample(table, number, together, logits, number, notes=notes):
             raise
     raise coupled_model(f"the backward pass of {type(table.task.model).__name__}")
 
 
-def _logits(task: Task, state: ForwardState, recording: Recording | None = None, plan: Plan | None = None) -> Tensor:
-    """Return the logits with their graph, by a forward pass with the folds of a plan if there is one."""
-    for parameter in task.parameters.values():
+def _logits(
+    table: MomentTable, task: Task, state: ForwardState, recording: Recording | None = None, plan: Plan | None = None
+) -> Tensor:
+    """Return the logits with their graph, by a forward pass with the folds of a plan if there is one.
+
+    All parameters of the table require gradients: the backward pass of a custom function may depend on which of its inputs do.
+    """
+    for parameter in table.task.parameters.values():
         parameter.requires_grad_(True)
     now = ForwardState(task.model)
     state.restore()
