@@ -206,3 +206,20 @@ def test_half_precision_keeps_the_gradient_of_a_branch(dtype):
             names = [name for name, _ in model.named_parameters()]
             columns = [names.index("b.weight"), names.index("head.weight")]
             torch.testing.assert_close(found[number, columns], expected, rtol=0.05, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:Sequential draws random numbers")
+def test_dropout_between_convolutions_draws_the_same_numbers_as_the_model():
+    """Random numbers are in the order of the memory, which another layout of the images would change."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    model, x = nn.Sequential(*layers, nn.Linear(8, 3)), torch.randn(5, 3, 8, 8)
+    torch.manual_seed(1)
+    loss = F.cross_entropy(logits := model(x), logits.argmax(1), reduction="none")[3]
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    for _ in range(2):
+        torch.manual_seed(1)
+        found = gradient_statistics(model, x, "pseudo_label", per_parameter=True).norm()[3]
+        torch.testing.assert_close(
+            found, torch.stack([gradient.norm() for gradient in gradients]), rtol=1e-4, atol=1e-6
+        )

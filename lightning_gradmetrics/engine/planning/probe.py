@@ -136,7 +136,7 @@ def probe_model(task: Task) -> Probe:
         plan, reason = None, "no probe shows the order of rows on an axis with several positions per sample"
     if plan is not None:
         folds = {} if sizes is None else find_folds(plan, large, many, three)
-        lays_out = sizes is not None and can_lay_out(plan, large, many)
+        lays_out = sizes is not None and not random and can_lay_out(plan, large, many)
         plan = replace(plan, reads=reads, folds=folds, lays_out=lays_out, selects=has_repeated_selects(large))
     activations = reads_inside or reads_activations(many.operations)
     alone = "a number computed from all samples enters the forward pass" if uses_totals(many.operations) else ""

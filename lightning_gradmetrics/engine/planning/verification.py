@@ -72,8 +72,7 @@ def _make_strategy(task: Task, on_batch: bool) -> Strategy:
     state = ForwardState(task.model)
     if _channels_last_pays(task):
         try:
-            unwanted = CANCELLING if _device(task).type == "cpu" else ()
-            strategy = replace(_planned(task.channels_last(), on_batch, unwanted), channels_last=True)
+            strategy = replace(_planned(task.channels_last(), on_batch, is_laid_out=True), channels_last=True)
             if not strategy.slow:
                 return strategy
         except Exception as error:  # a model may insist on another layout, with views of its tensors
@@ -122,17 +121,20 @@ def _channels_last_pays(task: Task) -> bool:
     return False
 
 
-def _planned(task: Task, on_batch: bool, unwanted: Collection[str] = ()) -> Strategy:
+def _planned(task: Task, on_batch: bool, is_laid_out: bool = False) -> Strategy:
     """Plan on a probe; if the plan is not verified on the batch, compare every parameter's moments with autograd's.
 
     If the plan leaves parameters to slower ways, recovered owners are tried too.
 
     Raises:
-        PlanError: If the model runs one of the unwanted basic operations.
+        PlanError: If the inputs are laid out channels last, and the model draws random numbers, which are in the order of the memory,
+            or runs an operation that is not exact in this layout.
     """
     state, probe, hooked = ForwardState(task.model), probe_model(task), _with_hooks(task)
-    if not probe.operations.isdisjoint(unwanted):
-        raise PlanError("the model runs an operation that is not exact in this layout")
+    if is_laid_out:
+        unwanted = CANCELLING if _device(task).type == "cpu" else ()
+        if probe.random or not probe.operations.isdisjoint(unwanted):
+            raise PlanError("the model has other random numbers or an operation that is not exact in this layout")
     # The probe runs in full precision, which a batch on a CUDA device may not do.
     if on_batch and not hooked and _device(task).type != "cuda" and _is_plan_proven(probe):
         state.restore()
