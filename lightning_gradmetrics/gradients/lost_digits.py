@@ -40,5 +40,13 @@ def lost_rows(powers: Tensor, factor: Tensor) -> Tensor | None:
     if not may_have_lost(powers):
         return None
     rows = (~((powers >= LEAST) & (powers < math.inf))).nonzero()[:, 0]
-    rows = rows[factor[rows].flatten(1).any(1)]
+    rows = rows[_are_not_zero(factor if len(rows) == len(factor) else factor[rows])]
     return rows if len(rows) else None
+
+
+def _are_not_zero(rows: Tensor) -> Tensor:
+    """Return whether any entry of each row ``(N, ...)`` is not zero; ``any`` takes two to five times as long."""
+    if not rows.numel():
+        return rows.flatten(1).any(1)
+    axes = tuple(range(1, rows.ndim))
+    return (rows.amax(axes) != 0) | (rows.amin(axes) != 0)
