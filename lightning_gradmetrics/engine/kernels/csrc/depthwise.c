@@ -13,7 +13,7 @@ typedef struct {
   int64_t scratch_bytes, samples, channels, blocks, mode, entry_count;
   int64_t size[3], pad[3], out_size[3];
   int64_t x_sample, x_channel, x_step[3], g_sample, g_channel, g_step[3];
-  atomic_int next, worker, lost; /* lost: the number of sums of squares out of range */
+  atomic_int next, worker, lost; /* lost: the number of sums of squares out of range, unless g is zero */
 } depthwise_job;
 
 /* Copies `valid` channels with a border of zeros to a plane of COLS channels; the other channels are zeros. */
@@ -104,7 +104,8 @@ static void channel_block(depthwise_job *j, int64_t task, char *scratch) {
       reduce(&s, acc, count, valid, SUMS, 0);
   }
   finish(&s, j->out + task * STATISTICS);
-  if (!in_range(j->out[task * STATISTICS + SQUARE])) atomic_fetch_add(&j->lost, 1);
+  const int is_exact = in_range(j->out[task * STATISTICS + SQUARE]) || is_zero(g, positions * COLS);
+  if (!is_exact) atomic_fetch_add(&j->lost, 1);
 }
 
 static void depthwise_work(void *data) {

@@ -49,6 +49,13 @@ typedef REAL loose __attribute__((vector_size(BYTES), aligned(sizeof(REAL)), may
 /* Whether a sum of squares has all digits. */
 #define in_range(square) ((square) >= LEAST && (square) < (double)INFINITY)
 
+/* Whether all values are zero. */
+inline_always int is_zero(const REAL *x, int64_t count) {
+  int differs = 0;
+  for (int64_t i = 0; i < count; i++) differs |= x[i] != 0;
+  return !differs;
+}
+
 enum { SUMS = 0, ALL = 1 }; /* modes: sum and sum of squares only, or all five statistics */
 enum { SUM, SQUARE, ABS, MAX, MIN, STATISTICS };
 

@@ -110,9 +110,7 @@ typedef struct {
 /* The sum of squares of a row, given in single precision: in double precision if it is out of range. */
 inline_always double exact_square(const REAL *row, int64_t channels, double square) {
   if (in_range(square)) return square;
-  int differs = 0; /* rows of zeros are common; this test takes a tenth of the time of the sum */
-  for (int64_t c = 0; c < channels; c++) differs |= row[c] != 0;
-  if (!differs) return 0;
+  if (is_zero(row, channels)) return 0; /* rows of zeros are common; this takes a tenth of the time of the sum */
   square = 0;
   for (int64_t c = 0; c < channels; c++) square += (double)row[c] * row[c];
   return square;

@@ -25,7 +25,7 @@ typedef struct {
   int64_t row_count, columns; /* input channels of a group times kernel entries; output channels of a group */
   int64_t channels, layout, in[3], pad[3], out_size[3];
   int64_t x_sample, x_channel, x_step[3], g_sample, g_channel, g_step[3];
-  atomic_int next, worker, lost; /* lost: the number of sums of squares out of range */
+  atomic_int next, worker, lost; /* lost: the number of sums of squares out of range, unless g is zero */
 } product_job;
 
 /* Copies a line, which may be so short that a call of memcpy would take longer. */
@@ -262,7 +262,9 @@ static void piece(product_job *j, int64_t task, char *scratch, int *has_zeros) {
       any_panel(j, x, block, r, end, valid, buffer, &s, &scaled);
     }
   finish(&s, j->out + task * STATISTICS);
-  if (!in_range(j->out[task * STATISTICS + SQUARE])) atomic_fetch_add(&j->lost, 1);
+  const int64_t rest = (last - first) % COLS, behind = rest > WIDTH ? COLS : rest ? WIDTH : 0;
+  const int is_exact = in_range(j->out[task * STATISTICS + SQUARE]) || is_zero(g, (last - first - rest + behind) * count);
+  if (!is_exact) atomic_fetch_add(&j->lost, 1);
 }
 
 static void work(void *data) {
