@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from lightning_gradmetrics.engine.passes.agreement import (
-    Expected,
     SampleNotes,
     agreeing_within,
     gradient_norms,
     random_sample,
 )
+from lightning_gradmetrics.engine.passes.expected import Expected, consumed
 from lightning_gradmetrics.engine.passes.folding import folded_logits
 from lightning_gradmetrics.engine.passes.gather import MomentTable
 from lightning_gradmetrics.engine.passes.plan import Plan, PlanError
@@ -328,15 +328,18 @@ def _agreement(
     agrees = [True] * len(tolerances)
     for objective in range(len(task.objectives)):
         losses, undo = task.unit_losses(objective, logits)
-        gradients = loss_gradients(losses[row], parameters)
         own = undo[row : row + 1].double()
         factor = torch.where(own > LEAST_SCALE, 1 / own, 1.0)
         shrunk = float(own * factor)
-        tiny_norms = [] if shrunk == 1 else gradient_norms(gradients)
         # Scaled moments are compared: squares of a confident sample's own gradient underflow in float32.
         moments = rescaled_moments(table.of_samples(slice(number, number + 1), task.parameters, objective), factor)
-        expected = Expected.of(_scaled(gradients, shrunk), moments)
-        norms = tiny_norms or expected.norms()
+        if shrunk == 1:
+            expected = Expected.of_loss(losses[row], parameters, moments)
+            norms = expected.norms()
+        else:
+            gradients = loss_gradients(losses[row], parameters)
+            norms = gradient_norms(gradients)
+            expected = Expected.of(consumed(gradients, shrunk), moments)
         scales = [1e-2 * shrunk * max(norms)] * len(norms)
         if notes is not None:
             scales = notes.scales_of(task.parameters, scales, shrunk)
@@ -346,14 +349,6 @@ def _agreement(
         if not any(agrees):
             break
     return agrees
-
-
-def _scaled(gradients: list[Tensor], factor: float) -> Iterator[Tensor]:
-    """Yield each gradient times the factor, and delete it from the list."""
-    gradients.reverse()
-    while gradients:
-        gradient = gradients.pop()
-        yield gradient if factor == 1 else gradient * factor
 
 
 LEAST_SCALE = 2.0**-400

@@ -12,19 +12,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lightning_gradmetrics.engine.passes.expected import Expected
 from lightning_gradmetrics.engine.tracing.axes import Axis
-from lightning_gradmetrics.engine.uses import merge_rows
-from lightning_gradmetrics.gradients.precision import at_least_float32, rounding
-from lightning_gradmetrics.gradients.statistics import (
-    Moment,
-    Moments,
-    gradient_moments,
-    merged_moments,
-    stacked_moments,
-)
+from lightning_gradmetrics.gradients.precision import at_least_float32
+from lightning_gradmetrics.gradients.statistics import Moments
 
 __all__ = [
-    "Expected",
     "SampleNotes",
     "VerificationNotes",
     "agreeing",
@@ -137,111 +130,6 @@ def gradient_norms(gradients: Iterable[Tensor]) -> list[float]:
 def largest_norm(gradients: Iterable[Tensor]) -> float:
     """Return the largest norm of some gradients."""
     return max(gradient_norms(gradients))
-
-
-BLOCK = 2**17
-"""Number of entries of which moments are computed at once: temporary tensors of this size stay in the processor's caches."""
-
-
-def _moments_by_blocks(gradient: Tensor, wanted: Iterable[Moment]) -> Moments:
-    """Return the moments ``(1,)`` of one gradient, without temporary tensors of its size."""
-    flat = _in_memory_order(gradient).reshape(1, gradient.numel())
-    if gradient.numel() <= BLOCK:
-        return gradient_moments(flat, wanted)
-    parts = [gradient_moments(block, wanted) for block in torch.split(flat, BLOCK, 1)]
-    return merged_moments(stacked_moments(parts))
-
-
-def _moments_of_each(gradients: Iterable[Tensor], wanted: Collection[Moment]) -> Moments:
-    """Return the moments ``(P,)`` of some gradients; those of small ones are computed together."""
-    parts: list[Moments] = []
-    order: list[int] = []
-    small: defaultdict[torch.dtype, dict[int, Tensor]] = defaultdict(dict)
-    for number, gradient in enumerate(gradients):
-        if not _is_small(gradient, wanted):
-            parts.append(_moments_by_blocks(gradient, wanted))
-            order.append(number)
-            continue
-        together = small[gradient.dtype]
-        together[number] = gradient
-        if len(together) == MOST_TOGETHER:
-            parts.append(_moments_of_small(list(together.values()), wanted))
-            order += together
-            together.clear()
-    for together in small.values():
-        if together:
-            parts.append(_moments_of_small(list(together.values()), wanted))
-            order += together
-    positions = torch.tensor(order).argsort()
-    return {key: value[positions] for key, value in merge_rows(parts).items()}
-
-
-SMALL = 2**13
-"""Largest number of entries of a gradient whose moments are computed together with those of others."""
-
-MOST_TOGETHER = 64
-"""Largest number of such gradients."""
-
-_SEGMENTED = frozenset[Moment](["sum", "max", "min", 1.0, 2.0])
-
-
-def _is_small(gradient: Tensor, wanted: Collection[Moment]) -> bool:
-    is_plain = gradient.is_cpu and gradient.layout is torch.strided and gradient.dtype in (torch.float32, torch.float64)
-    return is_plain and 0 < gradient.numel() <= SMALL and _SEGMENTED.issuperset(wanted)
-
-
-def _moments_of_small(gradients: Sequence[Tensor], wanted: Iterable[Moment]) -> Moments:
-    """Return the moments ``(P,)`` of small gradients of one type, by a few calls for all of them."""
-    flat = torch.cat([gradient.reshape(-1) for gradient in gradients]).double()
-    lengths = torch.tensor(list(map(Tensor.numel, gradients)))
-    entries: dict[Moment, Tensor] = {1.0: flat.abs(), 2.0: flat * flat}
-    moments: Moments = {}
-    for key in wanted:
-        kind = key if isinstance(key, str) else "sum"
-        moments[key] = torch.segment_reduce(entries.get(key, flat), kind, lengths=lengths, unsafe=True)
-    return moments
-
-
-def _in_memory_order(tensor: Tensor) -> Tensor:
-    """Return the tensor with its axes in the order of its memory, so that flattening a transposed one needs no copy."""
-    if tensor.is_contiguous():
-        return tensor
-    return tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))
-
-
-@dataclass(frozen=True)
-class Expected:
-    """The moments of autograd's gradients of one sample.
-
-    Args:
-        moments: Those of each parameter, ``(P,)``.
-        entries: The number of entries of each parameter.
-        rounding: The relative rounding error of each parameter.
-    """
-
-    moments: Moments
-    entries: list[int]
-    rounding: list[float]
-
-    @classmethod
-    def of(cls, gradients: Iterable[Tensor], wanted: Iterable[Moment]) -> Expected:
-        """Return the moments of each gradient, with the squares; an iterator may delete each gradient before it yields the next."""
-        entries: list[int] = []
-        by_rounding: list[float] = []
-
-        def noted() -> Iterator[Tensor]:
-            for gradient in gradients:
-                entries.append(max(gradient.numel(), 1))
-                by_rounding.append(rounding(gradient))
-                yield gradient
-
-        moments = _moments_of_each(noted(), {*wanted, 2.0})
-        return cls(moments, entries, by_rounding)
-
-    def norms(self) -> list[float]:
-        """Return the norm of each gradient."""
-        norms: list[float] = self.moments[2.0].sqrt().tolist()
-        return norms
 
 
 def agreeing(
