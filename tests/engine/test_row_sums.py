@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from lightning_gradmetrics.engine import gradient_statistics, planned_batch
 from lightning_gradmetrics.engine.passes.row_sums import RowSums
 from lightning_gradmetrics.engine.rules import RULES, Call, Rule, rule
+from lightning_gradmetrics.engine.rules.sums import window_sums
 from lightning_gradmetrics.engine.uses import LinearUse, RowsUse, Use
 from tests.engine.cases import worst_difference
 
@@ -156,3 +157,14 @@ def test_rules_of_users_are_checked_by_their_function(sums: Any, monkeypatch: py
     factors[5] = 1.01
     _compare(nn.Sequential(*model), x)
     assert sums[-1][1] == [5]
+
+
+@pytest.mark.parametrize("channels", [1, 6])
+def test_sums_over_windows_are_those_of_a_convolution_with_ones(channels: int) -> None:
+    images = torch.randn(2, channels, 5, 6).double()
+    ones = images.new_ones(channels, 1, 3, 2)
+    for options in ({}, {"padding": 1}, {"padding": (1, 0), "stride": [2, 1]}, {"padding": (4, 2)}, {"dilation": 2}):
+        found = window_sums(torch.conv2d, images, (3, 2), options)
+        torch.testing.assert_close(found, torch.conv2d(images, ones, groups=channels, **options))
+    found = window_sums(torch.conv2d, images, (3, 2), {"padding": "same"})
+    torch.testing.assert_close(found, torch.conv2d(images, ones, groups=channels, padding="same"))
