@@ -49,7 +49,16 @@ ALIGNMENT = 64
 
 Sizes = tuple[int, ...]
 _KNOWN = frozenset(ORDER)
-_local = threading.local()
+
+
+class _Scratch(threading.local):
+    """The scratch memory of the current thread."""
+
+    memory: Tensor | None = None
+    size, address = -1, 0
+
+
+_scratch = _Scratch()
 
 
 def supports(tensor: Tensor, wanted: Iterable[Moment], in_graph: bool = False) -> bool:
@@ -77,10 +86,10 @@ def run_job(job: ctypes.Structure, function: object, threads: int) -> None:
 
 def scratch_address(size: int) -> int:
     """Return the aligned address of scratch memory for packed operands; reused, because new pages cost more than packing."""
-    memory: Tensor | None = getattr(_local, "scratch", None)
-    if memory is None or len(memory) < size + ALIGNMENT:
-        _local.scratch = memory = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
-    return ceil_div(memory.data_ptr(), ALIGNMENT) * ALIGNMENT
+    if size > _scratch.size:
+        _scratch.memory = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
+        _scratch.size, _scratch.address = size, ceil_div(_scratch.memory.data_ptr(), ALIGNMENT) * ALIGNMENT
+    return _scratch.address
 
 
 def _mode(wanted: Iterable[Moment]) -> int:
