@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_gradmetrics.engine.kernels import (
     ConvGeometry,
+    PositionTotals,
     conv_gradient,
     conv_moments,
     embedding_moments,
@@ -122,11 +123,13 @@ class LinearUse:
         a: ``(N, T, I)``.
         g: ``(N, T, O)``.
         transposed: Whether the parameter is ``(I, O)``.
+        totals: Receives the sums of ``g`` over the positions, if they are computed beside the moments.
     """
 
     a: Tensor
     g: Tensor
     transposed: bool = False
+    totals: PositionTotals | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:  # noqa: D102
@@ -137,7 +140,7 @@ class LinearUse:
         return len(self.a)
 
     def rows(self, start: int, stop: int) -> LinearUse:  # noqa: D102
-        return replace(self, a=self.a[start:stop], g=self.g[start:stop])
+        return replace(self, a=self.a[start:stop], g=self.g[start:stop], totals=None)
 
     def gradient(self) -> Tensor:  # noqa: D102
         gradient = linear_gradient(at_least_float32(self.a), at_least_float32(self.g))
@@ -146,7 +149,7 @@ class LinearUse:
     def moments(self, wanted: Iterable[Moment]) -> Moments:  # noqa: D102
         if self.a.shape[1] == 1:
             return factor_moments(self.g[:, 0], self.a[:, 0], wanted)
-        return linear_moments(self.a, self.g, wanted)
+        return linear_moments(self.a, self.g, wanted, self.totals)
 
 
 @dataclass(frozen=True)
@@ -358,7 +361,7 @@ def combined(uses: Sequence[Use]) -> Use:
     first = uses[0]
     kinds = {(type(use), getattr(use, "transposed", None), getattr(use, "padding", None)) for use in uses}
     if len(kinds) == 1 and isinstance(first, LinearUse):
-        return replace(first, a=_joined(uses, "a"), g=_joined(uses, "g"))
+        return replace(first, a=_joined(uses, "a"), g=_joined(uses, "g"), totals=None)
     if len(kinds) == 1 and isinstance(first, EmbeddingUse):
         return replace(first, indices=_joined(uses, "indices"), g=_joined(uses, "g"))
     total = SumUse(tuple(uses))

@@ -313,6 +313,24 @@ def test_gram_form_of_rows_whose_squares_are_out_of_range(channels, left, right)
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("wanted", [{2.0}, {"sum", 2.0}, ALL])
+@pytest.mark.parametrize("shape", [(5, 2, 70, 700), (3, 130, 40, 37), (2, 300, 16, 8)])
+def test_sums_of_the_output_gradient_beside_the_moments_of_the_weight(dtype, wanted, shape):
+    """Both kernels, and rows that are not adjacent."""
+    samples, positions, inputs, outputs = shape
+    torch.manual_seed(0)
+    a, g = (
+        torch.randn(samples, positions, inputs, dtype=dtype),
+        torch.randn(samples, positions, outputs + 1, dtype=dtype),
+    )
+    g, totals = g[..., 1:], kernels.PositionTotals()
+    kernels.linear_moments(a, g, wanted, totals)
+    exact = 1e-12 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(totals.value, g.double().sum(1), rtol=0, atol=exact * positions)
+
+
+@needs_compiler
 def test_a_non_finite_sample_leaves_the_gram_sums_of_others_unchanged():
     torch.manual_seed(0)
     x, g = torch.randn(3, 20, 5, 5), torch.randn(3, 30, 5, 5)

@@ -13,9 +13,11 @@ from lightning_gradmetrics.engine.kernels.linear import embedding_moments, linea
 from lightning_gradmetrics.engine.kernels.reduction import position_sums, row_moments
 from lightning_gradmetrics.engine.kernels.residuals import class_residuals
 from lightning_gradmetrics.engine.kernels.sums import native_layer_norm, native_norm
+from lightning_gradmetrics.engine.kernels.totals import PositionTotals
 
 __all__ = [
     "ConvGeometry",
+    "PositionTotals",
     "class_residuals",
     "conv_gradient",
     "conv_moments",

@@ -17,6 +17,7 @@ from lightning_gradmetrics.engine.kernels.geometry import POINTWISE, ConvGeometr
 from lightning_gradmetrics.engine.kernels.library import library_for
 from lightning_gradmetrics.engine.kernels.native import supports
 from lightning_gradmetrics.engine.kernels.squares import GramSums, native_linear_squares, native_squares
+from lightning_gradmetrics.engine.kernels.totals import PositionTotals, new_totals
 from lightning_gradmetrics.gradients.lost_digits import LEAST
 from lightning_gradmetrics.gradients.statistics import Moments, accumulator
 
@@ -138,13 +139,14 @@ def _reliable(square: Tensor, bound: Tensor, direct: Callable[[Tensor], Tensor])
     return square
 
 
-def linear_square(a: Tensor, g: Tensor, with_sums: bool = False) -> Moments:
+def linear_square(a: Tensor, g: Tensor, with_sums: bool = False, totals: PositionTotals | None = None) -> Moments:
     """Return sums of squares of a linear layer's per-sample weight gradients, and their sums if those cost nothing extra.
 
     Args:
         a: ``(N, T, I)``.
         g: ``(N, T, O)``.
         with_sums: Whether the sums are wanted.
+        totals: Receives the sums of ``g`` over the positions if they cost little.
 
     Returns:
         ``(N,)`` each.
@@ -154,7 +156,7 @@ def linear_square(a: Tensor, g: Tensor, with_sums: bool = False) -> Moments:
         return (g[rows].mT @ a[rows]).double().square().sum((1, 2))
 
     if _has_rows(a, g):
-        moments = _checked(native_linear_squares(a, g, with_sums, CANCELLED), direct)
+        moments = _checked(native_linear_squares(a, g, with_sums, CANCELLED, new_totals(totals, g)), direct)
         return moments if with_sums else {2.0: moments[2.0]}
     if supports(g, {2.0}):
         return _checked(native_squares(a.mT, g.mT, POINTWISE, CANCELLED), direct)

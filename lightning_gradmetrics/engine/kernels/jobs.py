@@ -175,7 +175,7 @@ class LinearGramJob(ctypes.Structure):
     """``linear_gram_job`` of ``linear_gram.c``."""
 
     _fields_ = (
-        _pointers("a g out")
+        _pointers("a g totals out")
         + _integers("samples positions inputs outputs a_sample a_position g_sample g_position with_sums")
         + _fields(ctypes.c_double, "cancelled")
         + _counters("next lost")

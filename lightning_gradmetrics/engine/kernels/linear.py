@@ -14,6 +14,7 @@ from lightning_gradmetrics.engine.kernels.layers import looked_up_rows
 from lightning_gradmetrics.engine.kernels.native import native_products, supports
 from lightning_gradmetrics.engine.kernels.operators import operator
 from lightning_gradmetrics.engine.kernels.reduction import chosen_moments, chunked_moments, row_moments
+from lightning_gradmetrics.engine.kernels.totals import PositionTotals, new_totals
 from lightning_gradmetrics.engine.kernels.traced import in_graph, key_names, keys_of, named_moments, stacked_by_name
 from lightning_gradmetrics.gradients.precision import at_least_float32
 from lightning_gradmetrics.gradients.statistics import Moment, Moments, accumulator
@@ -38,13 +39,14 @@ def linear_gradient(a: Tensor, g: Tensor) -> Tensor:
     return g.mT @ a.to(g.dtype)
 
 
-def linear_moments(a: Tensor, g: Tensor, wanted: Iterable[Moment]) -> Moments:
+def linear_moments(a: Tensor, g: Tensor, wanted: Iterable[Moment], totals: PositionTotals | None = None) -> Moments:
     """Return moments of the per-sample weight gradients of a linear layer with a sequence axis.
 
     Args:
         a: The layer's input, ``(N, T, I)``.
         g: The gradient of its output, ``(N, T, O)``.
         wanted: The moments to compute.
+        totals: Receives the sums of ``g`` over the positions, if the kernel reads ``g`` anyway.
 
     Returns:
         Each moment of the ``O I`` entries, ``(N,)``.
@@ -59,7 +61,7 @@ def linear_moments(a: Tensor, g: Tensor, wanted: Iterable[Moment]) -> Moments:
     if in_graph(g):
         names = key_names(keys)
         return named_moments(_linear_moments(a, g, names), names)
-    return _unfused(a, g, keys)
+    return _unfused(a, g, keys, totals)
 
 
 @operator(
@@ -70,7 +72,7 @@ def _linear_moments(a: Tensor, g: Tensor, names: str) -> Tensor:
     return stacked_by_name(_unfused(a, g, frozenset(keys_of(names))), names)
 
 
-def _unfused(a: Tensor, g: Tensor, keys: frozenset[Moment]) -> Moments:
+def _unfused(a: Tensor, g: Tensor, keys: frozenset[Moment], totals: PositionTotals | None = None) -> Moments:
     """Return the moments on a CPU, or by plain torch."""
     a, g = at_least_float32(a), at_least_float32(g)
     if keys == {"sum"}:
@@ -78,12 +80,12 @@ def _unfused(a: Tensor, g: Tensor, keys: frozenset[Moment]) -> Moments:
     a = a.to(g.dtype)
     gram = 2.0 in keys and keys <= {"sum", 2.0} and g.numel() > 0
     if gram and linear_gram_pays(a, g):
-        moments = linear_square(a, g, "sum" in keys)
+        moments = linear_square(a, g, "sum" in keys, totals)
         if keys > moments.keys():
             moments["sum"] = _total(a, g)
         return chosen_moments(moments, keys)
     if g.numel() and supports(g, keys):
-        return native_products(a.mT, g.mT, POINTWISE, keys)
+        return native_products(a.mT, g.mT, POINTWISE, keys, totals=new_totals(totals, g))
     return chunked_moments(lambda rows: linear_gradient(a[rows], g[rows]), g, a.shape[2] * g.shape[2], keys)
 
 

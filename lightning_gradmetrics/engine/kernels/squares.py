@@ -48,7 +48,9 @@ def native_squares(x: Tensor, g: Tensor, geometry: ConvGeometry, cancelled: floa
     return GramSums(out, job.lost > 0)
 
 
-def native_linear_squares(a: Tensor, g: Tensor, with_sums: bool, cancelled: float) -> GramSums:
+def native_linear_squares(
+    a: Tensor, g: Tensor, with_sums: bool, cancelled: float, totals: Tensor | None = None
+) -> GramSums:
     """Return sums of a linear layer's weight gradients, by Gram matrices of rows that are read where they are.
 
     Args:
@@ -56,6 +58,7 @@ def native_linear_squares(a: Tensor, g: Tensor, with_sums: bool, cancelled: floa
         g: The gradient of its output ``(N, T, O)``, likewise.
         with_sums: Whether to compute the sums, not only the sums of squares.
         cancelled: See :func:`native_squares`. The bound of such a sum of squares, or of one out of range, is infinite.
+        totals: Zeros ``(N, O)``, float64, to which the sums of ``g`` over the positions are added.
     """
     out = torch.empty(len(g), 1, 3, dtype=torch.float64)
     job = LinearGramJob(
@@ -73,6 +76,7 @@ def native_linear_squares(a: Tensor, g: Tensor, with_sums: bool, cancelled: floa
         with_sums=with_sums,
         cancelled=cancelled,
     )
+    job.totals = None if totals is None else totals.data_ptr()
     run_job(job, library_for(g.dtype).linear_squares, threads_for())
     return GramSums(out, job.lost > 0)
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_gradmetrics.engine.rules.base import Call, all_but_last, rule, summed
+from lightning_gradmetrics.engine.kernels import PositionTotals
+from lightning_gradmetrics.engine.rules.base import Call, all_but_last, rule, summed, wide
 from lightning_gradmetrics.engine.rules.sums import of_product
 from lightning_gradmetrics.engine.uses import LinearUse, OuterUse, RowsUse, Use
 
@@ -52,11 +53,20 @@ def linear(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
         if "weight" in call.slots:
             yield "weight", OuterUse(g, call.values["input"].to(g.dtype))
         return
-    g = _sequence(g)
-    if "bias" in call.slots:
-        yield "bias", RowsUse(g.squeeze(1) if g.shape[1] == 1 else summed(g.mT))
+    yield from _with_positions(call, _sequence(g), transposed=False)
+
+
+def _with_positions(call: Call, g: Tensor, transposed: bool) -> Iterator[tuple[str, Use]]:
+    """Yield the uses of weight and bias from ``g`` ``(N, T, O)``; the kernel of the weight's moments may sum ``g`` over the positions."""
+    totals = PositionTotals() if "bias" in call.slots and g.shape[1] > 1 else None
     if "weight" in call.slots:
-        yield "weight", LinearUse(_sequence(call.x).to(g.dtype), g)
+        yield "weight", LinearUse(_sequence(call.x).to(g.dtype), g, transposed, totals)
+    if "bias" not in call.slots:
+        return
+    if totals is None:
+        yield "bias", RowsUse(g.squeeze(1))
+    else:
+        yield "bias", RowsUse(summed(g.mT) if totals.value is None else totals.value.to(wide(g.dtype)))
 
 
 def _matrix(call: Call) -> bool:
@@ -97,8 +107,4 @@ def _affine(call: Call) -> bool:
 )
 def affine(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     """``y = b + a W``."""
-    g = _sequence(g)
-    if "bias" in call.slots:
-        yield "bias", RowsUse(g.squeeze(1) if g.shape[1] == 1 else summed(g.mT))
-    if "weight" in call.slots:
-        yield "weight", LinearUse(_sequence(call.x).to(g.dtype), g, transposed=True)
+    yield from _with_positions(call, _sequence(g), transposed=True)

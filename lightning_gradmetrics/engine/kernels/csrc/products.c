@@ -248,7 +248,7 @@ static void piece(product_job *j, int64_t task, char *scratch, int *has_zeros) {
     else
       pack_gradient(j, from, last - first, (REAL *)g);
   }
-  for (int64_t c = first; j->weight && c < last; c += COLS) {
+  for (int64_t c = first; j->totals && c < last; c += COLS) {
     const int valid = last - c < COLS ? (int)(last - c) : COLS;
     panel_totals((const vec *)(g + (c - first) * count), count, valid, valid <= WIDTH,
                  j->totals + (n * j->groups + group) * j->columns + c);
