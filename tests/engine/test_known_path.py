@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import lightning_gradmetrics as lgm
 from lightning_gradmetrics.engine.auto import _STRATEGIES
 from lightning_gradmetrics.engine.passes import path_record
+from lightning_gradmetrics.engine.passes.path_check import PathFollower
 
 CHANGED: dict[str, Any] = {"on": False}
 """State that is not part of any model, so that no key of a strategy shows its changes."""
@@ -214,6 +216,30 @@ def test_a_large_path_stores_no_result_longer_than_needed(monkeypatch: pytest.Mo
     x = torch.randn(5, 6, dtype=torch.float64)
     lgm.gradient_statistics(model, x, "uniform")
     assert alive[-1] == 1
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: InOrder(lambda h: h.exp() if is_on() else h.neg()), lambda: Repeated()], ids=["direct", "planned"]
+)
+def test_nothing_of_a_large_path_stays_alive(make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph has hooks that refer to the pass. If this had the logits, no garbage collector would find the cycle."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(path_record, "MOST_BYTES", 0)
+    monkeypatch.setitem(CHANGED, "on", False)
+    passes: list[ref[Any]] = []
+    follow = PathFollower.follow
+
+    def noted(self: PathFollower, *given: Any) -> None:
+        passes.append(ref(self))
+        follow(self, *given)
+
+    monkeypatch.setattr(PathFollower, "follow", noted)
+    model = make().double().eval()
+    require_known_path(model)
+    CHANGED["on"] = True
+    lgm.gradient_statistics(model, torch.randn(5, 6, dtype=torch.float64), "uniform")
+    gc.collect()
+    assert passes and not any(one() is not None for one in passes)
 
 
 def test_new_values_tied_layers_and_chosen_parameters() -> None:

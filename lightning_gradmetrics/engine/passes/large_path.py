@@ -108,9 +108,14 @@ class LargePass(DirectPass):
     def require_end(self, logits: Tensor) -> None:
         """Require what the other passes do, and that the model stores no output of a folded convolution."""
         super().require_end(logits)
-        self._folded.clear()
+        self.release()
         if any(hidden() is not None for hidden in self._hidden):
             raise PathChanged
+
+    def release(self) -> None:
+        """Release all tensors of the forward pass."""
+        super().release()
+        self._folded.clear()
 
     # -- backward -----------------------------------------------------------------------------------------------------
 

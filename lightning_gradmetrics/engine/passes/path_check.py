@@ -157,6 +157,10 @@ class PathFollower:
         if self._path.is_pure and not self.is_unchanged():
             raise PathChanged
 
+    def release(self) -> None:
+        """Release all tensors: the graphs of the results may have hooks that refer to this object, which no garbage collector sees."""
+        self._entries = []
+
     def is_unchanged(self) -> bool:
         """Return whether no leaf or result was changed in place."""
         return list(map(self._version_of, self._entries[: len(self._versions)])) == self._versions

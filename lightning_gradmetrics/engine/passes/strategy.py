@@ -256,12 +256,14 @@ def collect_on_path(
     try:
         with joined_selects(path.is_large and plan.selects), tracer:
             logits = task.forward()
+        tracer.require_end(logits)
     except Exception as error:
         # The model may have replaced the error. An ordinary pass raises the errors of the model again.
         if tracer.is_lost or path.changes_layers or isinstance(error, SelectsRefused):
             raise PathChanged from error
         raise
-    tracer.require_end(logits)
+    finally:
+        tracer.release()
     checks(logits)
     _collect_gradients(table, task, tracer, logits)
 
