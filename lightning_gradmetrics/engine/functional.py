@@ -81,7 +81,7 @@ def _unit_gradients(task: Task, index: int) -> tuple[dict[str, Tensor], Tensor]:
         logits, pull = vjp(forward, parameters)  # type: ignore[misc]
         loss = task.losses[index](None if target is None else target[None])
         gradient = grad(lambda z: loss(z).sum())(at_least_float32(logits)).to(accumulator(logits))
-        scale = unit_scale(gradient)
+        scale = unit_scale(gradient, logits.dtype)  # a backward pass that clips or normalises gradients is not linear
         (pulled,) = pull((gradient * scale[:, None]).to(logits.dtype))
         return pulled, 1 / scale[0]
 

@@ -33,10 +33,17 @@ def logit_gradient(loss: Loss, logits: Tensor) -> Tensor:
     return torch.autograd.grad(losses.sum(), leaf)[0]
 
 
-def unit_scale(gradient: Tensor) -> Tensor:
-    """Return the power of two ``(N,)`` that scales each row's largest absolute entry to [1/2, 1); 1 for zero and NaN."""
+def unit_scale(gradient: Tensor, tiny_in: torch.dtype | None = None) -> Tensor:
+    """Return the power of two ``(N,)`` that scales each row's largest absolute entry to [1/2, 1); 1 for zero and NaN.
+
+    Args:
+        gradient: The rows, ``(N, C)``.
+        tiny_in: If given, 1 for rows whose squares do not underflow in this type.
+    """
     largest = gradient.detach().abs().amax(1)
     usable = largest.isfinite() & (largest > 0)
+    if tiny_in is not None:
+        usable &= largest < torch.finfo(tiny_in).tiny ** 0.5 * 2.0**20
     largest = torch.where(usable, largest, 0.5)
     return torch.frexp(largest).mantissa / largest
 
@@ -61,10 +68,7 @@ def unit_losses(loss: Loss, logits: Tensor, only_tiny: bool = False) -> tuple[Te
         tensor([[-8.7565e-27,  8.7565e-27]], dtype=torch.float64)
     """
     gradient = logit_gradient(loss, logits).to(accumulator(logits))
-    scale = unit_scale(gradient)
-    if only_tiny:
-        tiny = torch.finfo(logits.dtype).tiny ** 0.5 * 2.0**20
-        scale = torch.where(gradient.abs().amax(1) < tiny, scale, 1.0)
+    scale = unit_scale(gradient, logits.dtype if only_tiny else None)
     scaled = (gradient * scale[:, None]).to(logits.dtype)
     return (logits * scaled).sum(1), 1 / scale
 

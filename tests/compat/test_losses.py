@@ -245,3 +245,11 @@ def test_a_scripted_target_takes_one_backward_pass_per_loss():
     with pytest.warns(UserWarning, match="inside a scripted module are hidden"):
         found = collector(losses_of(layer, x))
     torch.testing.assert_close(found, reference(losses_of(layer, x)), rtol=1e-6, atol=1e-9, check_dtype=False)
+
+
+def test_losses_that_are_no_tensor_are_named() -> None:
+    model = nn.Linear(3, 2)
+    collector = GradientMetricCollector(ours.Max(model))
+    losses = model(torch.randn(4, 3)).sum(1)
+    with pytest.raises(TypeError, match=r"must be a tensor \(N,\).*got a list: join losses with torch\.stack"):
+        collector(list(losses))

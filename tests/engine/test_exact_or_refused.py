@@ -319,3 +319,27 @@ def test_functions_see_that_all_chosen_parameters_need_gradients():
     model, x = _Needing().double(), torch.randn(5, 4).double()
     found = [gradient_statistics(model, x, "uniform", engine=engine).norm() for engine in ("auto", "reference")]
     torch.testing.assert_close(*found)
+
+
+class _Normalising(nn.Module):
+    """Normalises the gradient of a layer's output by a hook: its backward pass is not linear."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        hidden = self.body(x).tanh()
+        if hidden.requires_grad:
+            hidden.register_hook(lambda gradient: gradient / gradient.norm())
+        return self.head(hidden)
+
+
+@pytest.mark.filterwarnings("ignore:no fast rule")
+def test_torch_func_gets_losses_of_their_own_scale_or_refuses():
+    torch.manual_seed(0)
+    model, x = _Normalising().double(), torch.randn(5, 4).double()
+    found = [gradient_statistics(model, x, "uniform", engine=engine).norm() for engine in ("vmap", "reference")]
+    torch.testing.assert_close(*found)
+    with pytest.raises(NotImplementedError, match="engine='vmap' needs: use engine='auto'"):
+        gradient_statistics(_Needing().double(), x, "uniform", engine="vmap")

@@ -306,7 +306,11 @@ def _check_trainable(parameters: Sequence[Tensor]) -> None:
             )
 
 
-def _check_loss(loss: Tensor) -> None:
+def _check_loss(loss: Any) -> None:
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"the loss must be a tensor (N,), one entry per sample, got a {type(loss).__name__}: join losses with torch.stack"
+        )
     if not loss.requires_grad:
         why = "run the forward pass with gradients enabled (torch.enable_grad()), after building the collector"
         if loss.is_inference() or torch.is_inference_mode_enabled():
