@@ -46,7 +46,7 @@ inline_always void channel_sums(const sum_job *j, int64_t n, int64_t c, const RE
         if (scaled) *(loose *)(scaled + p + i + v * WIDTH) = value * factor;
       }
     a[0] += a[1] + a[2] + a[3], b[0] += b[1] + b[2] + b[3];
-    for (int k = 0; k < WIDTH; k++) sum += a[0][k], product += b[0][k];
+    sum += lane_total(a[0]), product += lane_total(b[0]);
     for (; i < size; i++) {
       sum += g[p + i];
       if (x) product += (double)x[p + i] * g[p + i];
@@ -102,9 +102,12 @@ inline_always double row_sum(const REAL *x, int64_t count, REAL shift, int squar
       const vec value = *(const loose *)(x + c + v * WIDTH) - shift;
       part[v] += squared ? value * value : value;
     }
+  for (; c + WIDTH <= count; c += WIDTH) {
+    const vec value = *(const loose *)(x + c) - shift;
+    part[0] += squared ? value * value : value;
+  }
   part[0] += part[1] + part[2] + part[3];
-  double sum = 0;
-  for (int k = 0; k < WIDTH; k++) sum += part[0][k];
+  double sum = lane_total(part[0]);
   for (; c < count; c++) sum += squared ? (double)(x[c] - shift) * (x[c] - shift) : x[c] - shift;
   return sum;
 }
