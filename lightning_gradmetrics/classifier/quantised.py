@@ -27,8 +27,11 @@ def check_types(parameters: Mapping[str, nn.Parameter], norms_only: bool = False
         norms_only: Whether only norms are computed, which complex gradients have too.
 
     Raises:
-        ValueError: If a parameter is of an integer type, was made in inference mode, or is complex and more than norms are computed.
+        ValueError: If the parameters have no values, or one is of an integer type, was made in inference mode, or is complex and more
+            than norms are computed.
     """
+    if next(iter(parameters.values())).is_meta:
+        raise ValueError("the parameters are on the meta device and have no values: load or initialise the model first")
     for name, parameter in parameters.items():
         if parameter.is_inference():
             raise ValueError(

@@ -17,6 +17,7 @@ __all__ = [
     "list_as_long_as_the_batch",
     "no_gradient",
     "no_gradient_of_loss",
+    "no_real_logits",
     "not_reproducible",
     "not_without_others",
     "other_precisions",
@@ -160,6 +161,14 @@ def no_gradient_of_loss(name: str) -> ValueError:
     return ValueError(
         f"the losses of the objective {name!r} have no gradient: it detaches the logits, returns whole numbers or constants, or "
         "computes them outside of torch"
+    )
+
+
+def no_real_logits(dtype: torch.dtype) -> ValueError:
+    """Return the error for logits of whole or complex numbers."""
+    return ValueError(
+        f"the logits are {dtype}; expected floating-point numbers (N, C), before any argmax. Pass logits=, a callable from the model's "
+        "output to them"
     )
 
 

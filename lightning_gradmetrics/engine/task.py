@@ -14,7 +14,7 @@ from lightning_gradmetrics.classifier.one_sample import contiguous_batch_norm_gr
 from lightning_gradmetrics.classifier.preservation import ModelRecord
 from lightning_gradmetrics.classifier.tensor_records import version_of
 from lightning_gradmetrics.engine.kernels import class_residuals
-from lightning_gradmetrics.engine.refusals import no_gradient, rows_not_samples
+from lightning_gradmetrics.engine.refusals import no_gradient, no_real_logits, rows_not_samples
 from lightning_gradmetrics.engine.uses import merge_rows
 from lightning_gradmetrics.gradients.objectives import Loss, Objective
 from lightning_gradmetrics.gradients.scaling import unit_gradient, unit_losses
@@ -149,15 +149,15 @@ class Task:
 
         Raises:
             SampleAxisError: If the logits do not have one row per sample.
-            ValueError: If they were computed in inference mode.
+            ValueError: If they were computed in inference mode, or are no real numbers.
         """
         logits = self.logits(call(self.model, inputs))
         if not isinstance(logits, Tensor):
             raise TypeError(f"logits= must return a tensor (N, C), got a {type(logits).__name__}")
         with torch._C.DisableTorchFunction():
             shape = tuple(logits.shape)
-            if logits.is_inference():
-                raise no_gradient(self.model)
+            if logits.is_inference() or not logits.is_floating_point():
+                raise no_gradient(self.model) if logits.is_inference() else no_real_logits(logits.dtype)
         if len(shape) != 2 or shape[0] != size:
             raise rows_not_samples(shape, size)
         return logits

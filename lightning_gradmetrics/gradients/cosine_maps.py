@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from functools import partial
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -106,7 +107,7 @@ def _maps(model: nn.Module, inputs: Tensor, sign: bool, rescale: bool, classes: 
 def _ranking(logits: Tensor, classes: int | None) -> Tensor:
     """Return each sample's classes by logit, ``(N, K)``, largest first."""
     count = logits.shape[1]
-    if classes is not None and not 1 <= classes <= count:
+    if classes is not None and not (isinstance(classes, Integral) and 1 <= classes <= count):
         raise ValueError(
             f"classes={classes}; allowed: None for all classes, or from 1 to {count}, the model's number of classes"
         )

@@ -343,3 +343,21 @@ def test_torch_func_gets_losses_of_their_own_scale_or_refuses():
     torch.testing.assert_close(*found)
     with pytest.raises(NotImplementedError, match="engine='vmap' needs: use engine='auto'"):
         gradient_statistics(_Needing().double(), x, "uniform", engine="vmap")
+
+
+class _Decided(nn.Module):
+    """Returns class numbers in place of logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.layer(x).argmax(1, keepdim=True)
+
+
+def test_class_numbers_and_parameters_without_values_are_refused():
+    with pytest.raises(ValueError, match=r"the logits are torch\.int64; expected floating-point numbers"):
+        gradient_statistics(_Decided(), torch.randn(5, 4), "uniform")
+    with pytest.raises(ValueError, match="on the meta device and have no values"):
+        gradient_statistics(nn.Linear(4, 3, device="meta"), torch.randn(5, 4), "uniform")
