@@ -94,17 +94,22 @@ class PathFollower:
         """Compare the result of a call with the recorded one, and how often its arguments were changed in place."""
         versions, version, entries = self._versions, self._version_of, self._entries
         is_tensor = type(result) is Tensor
-        if is_tensor and (result.dtype is not known.dtype or result.shape != known.shape):
-            self._lose()
-        if not is_tensor and (known.dtype is not None or described(result) != known.results):
+        if is_tensor:
+            if result.dtype is not known.dtype or result.shape != known.shape:
+                self._lose()
+        elif known.dtype is not None or described(result) != known.results:
             self._lose()
         if not self._path.is_pure:
             for number, changes in known.tensors:
                 if version(entries[number]) - versions[number] != changes:
                     self._lose()
-        for made in (result,) if is_tensor else tensors_in(result):
-            entries[len(versions)] = made
-            versions.append(version(made))
+        if is_tensor:
+            entries[len(versions)] = result
+            versions.append(version(result))
+        else:
+            for made in tensors_in(result):
+                entries[len(versions)] = made
+                versions.append(version(made))
         for number in known.released:
             entries[number] = _RELEASED
 

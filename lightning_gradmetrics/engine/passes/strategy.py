@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -254,7 +255,7 @@ def collect_on_path(
     else:
         tracer = KnownTracer(plan, table.add, path, task, free)
     try:
-        with joined_selects(path.is_large and plan.selects), tracer:
+        with joined_selects(True) if path.is_large and plan.selects else nullcontext(), tracer:
             logits = task.forward()
         tracer.require_end(logits)
     except Exception as error:
