@@ -36,7 +36,9 @@ def _group_norm() -> nn.Module:
 def _vit_tiny() -> nn.Module:
     from torchvision.models import VisionTransformer
 
-    return VisionTransformer(image_size=224, patch_size=16, num_layers=12, num_heads=3, hidden_dim=192, mlp_dim=768)
+    model = VisionTransformer(image_size=224, patch_size=16, num_layers=12, num_heads=3, hidden_dim=192, mlp_dim=768)
+    nn.init.normal_(model.heads.head.weight, std=0.02)  # zeros would pass no gradient to the layers below
+    return model
 
 
 class _Bert(nn.Module):
