@@ -54,21 +54,21 @@ def loss_of(linear: torch.nn.Linear, uses: int) -> torch.Tensor:
 @pytest.mark.parametrize("uses", [1, 2])
 def test_large_gradients_are_reduced_as_they_arrive_and_no_hook_remains(uses: int) -> None:
     torch.manual_seed(0)
-    linear, keys = torch.nn.Linear(100, 100), ["max", "min", "sum", 1.0, 2.0]
+    linear, keys = torch.nn.Linear(400, 400), ["max", "min", "sum", 1.0, 2.0]
     parameters = list(linear.parameters())
     gradients = torch.autograd.grad(loss_of(linear, uses), parameters)
     found = Expected.of_loss(loss_of(linear, uses), parameters, keys)
     for number, gradient in enumerate(gradients):
         for key, moment in gradient_moments(gradient[None], keys).items():
             torch.testing.assert_close(found.moments[key][number], moment[0], rtol=1e-5, atol=1e-5)
-    assert found.entries == [10_000, 100]
+    assert found.entries == [160_000, 400]
     assert all(parameter._backward_hooks is None for parameter in parameters)
 
 
 def test_a_backward_pass_inside_a_backward_pass_gets_the_gradients_themselves() -> None:
     """It would get tensors without values, so all gradients are computed again without hooks."""
     torch.manual_seed(0)
-    linear = torch.nn.Linear(100, 100)
+    linear = torch.nn.Linear(400, 400)
 
     class Nested(torch.autograd.Function):
         @staticmethod
@@ -83,7 +83,7 @@ def test_a_backward_pass_inside_a_backward_pass_gets_the_gradients_themselves() 
 
     for is_frozen in (False, True):  # the outer pass reaches the weight, or the inner one only
         weight = linear.weight.detach() if is_frozen else linear.weight
-        ones = torch.ones(1, 100, requires_grad=True)
+        ones = torch.ones(1, 400, requires_grad=True)
         x = ones @ weight.T + linear.bias
         parameters = list(linear.parameters())
         loss = Nested.apply(x).sum()  # type: ignore[no-untyped-call]

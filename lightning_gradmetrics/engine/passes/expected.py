@@ -129,7 +129,7 @@ class _Arrivals:
 
     def __enter__(self) -> _Arrivals:
         for number, parameter in enumerate(self._parameters):
-            if parameter.numel() > SMALL and parameter.requires_grad and not parameter._backward_hooks:
+            if parameter.numel() > BLOCK and parameter.requires_grad and not parameter._backward_hooks:
                 self._hooked[number] = parameter._backward_hooks
                 parameter.register_hook(partial(self._reduce, number))  # type: ignore[no-untyped-call]
         return self
@@ -215,18 +215,19 @@ def _moments_by_blocks(gradient: Tensor, wanted: Set[Moment]) -> Moments:
 
 def _usual_moments(flat: Tensor, wanted: Set[Moment]) -> Moments:
     """Return the usual moments ``(1,)`` of entries ``(D,)``; each block is read from memory once."""
-    columns: dict[Moment, list[Tensor]] = {key: [] for key in ("sum", "max", "min", 1.0, 2.0)}
+    keys = tuple(wanted)
+    rows: list[Tensor] = []
     for block in torch.split(flat, BLOCK):
-        columns[2.0].append(block.dot(block))
+        low, high = torch.aminmax(block) if not wanted.isdisjoint(EXTREMES) else (block, block)
+        moments: Moments = {"min": low, "max": high, 2.0: block.dot(block)}
         if "sum" in wanted:
-            columns["sum"].append(block.sum())
+            moments["sum"] = block.sum()
         if 1.0 in wanted:
-            columns[1.0].append(block.abs().sum())
-        if not wanted.isdisjoint(EXTREMES):
-            low, high = torch.aminmax(block)
-            columns["min"].append(low)
-            columns["max"].append(high)
-    return merged_moments({key: torch.stack(columns[key]).double()[None] for key in wanted})
+            moments[1.0] = block.abs().sum()
+        rows.append(torch.stack([moments[key] for key in keys]))
+    if len(rows) == 1:
+        return dict(zip(keys, rows[0].double()[None].unbind(1), strict=True))
+    return merged_moments(dict(zip(keys, torch.stack(rows).double()[None].unbind(2), strict=True)))
 
 
 def _in_memory_order(tensor: Tensor) -> Tensor:
