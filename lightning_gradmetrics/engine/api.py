@@ -62,21 +62,10 @@ def _started_ahead(model: nn.Module, inputs: Inputs, targets: Tensor | None) -> 
     return started_ahead(model, inputs, targets)
 
 
-def _mapped_moments(task: Task) -> list[Moments]:
-    try:
-        return functional_moments(task)
-    except (RuntimeError, ValueError) as error:
-        if not any(map(str(error).__contains__, ("functorch", "torch.func", "vmap", "stateless API"))):
-            raise
-        raise NotImplementedError(
-            f"torch.func cannot run {type(task.model).__name__}, which engine='vmap' needs: use engine='auto' or 'reference' ({error})"
-        ) from error
-
-
 ENGINES: dict[str, Callable[[Task], list[Moments]]] = {
     "auto": auto_moments,
     "compiled": _compiled_moments,
-    "vmap": _mapped_moments,
+    "vmap": functional_moments,
     "reference": reference_moments,
 }
 """Engines by name: each maps a :class:`Task` to the moments ``(N, P)`` of each objective."""

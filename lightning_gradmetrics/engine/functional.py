@@ -22,14 +22,29 @@ ENTRIES = 2**25
 
 
 def functional_moments(task: Task) -> list[Moments]:
-    """Return the moments ``(N, P)`` of each objective's gradient, by ``vmap(grad)`` in chunks of samples."""
+    """Return the moments ``(N, P)`` of each objective's gradient, by ``vmap(grad)`` in chunks of samples.
+
+    Raises:
+        NotImplementedError: If ``torch.func`` cannot run the model.
+    """
     entries_of_sample = sum(parameter.numel() for parameter in task.parameters.values())
     limit = ENTRIES if task.memory is None else min(ENTRIES, task.memory // 16)
     step = max(1, limit // max(entries_of_sample, 1))
     parts = [empty_moments(task)]
     for start in range(0, task.size, step):
-        parts.append(_chunk_moments(task.rows(start, start + step)))
+        try:
+            parts.append(_chunk_moments(task.rows(start, start + step)))
+        except (RuntimeError, ValueError) as error:
+            if not any(map(str(error).__contains__, _NAMES)):
+                raise
+            raise NotImplementedError(
+                f"torch.func cannot run {type(task.model).__name__}, which engine='vmap' needs: use engine='auto' or 'reference' ({error})"
+            ) from error
     return joined(parts)
+
+
+_NAMES = ("functorch", "torch.func", "vmap", "stateless API")
+"""Parts of the errors that ``torch.func`` raises."""
 
 
 class _NoReplacedData(TorchFunctionMode):

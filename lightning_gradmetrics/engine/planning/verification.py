@@ -305,9 +305,8 @@ def _check_backward(probe: Probe, names: Collection[str], state: ForwardState) -
         parameter.requires_grad_(True)
     state.restore()
     try:
-        before = _gradients_of_first(
-            probe.task, parameters
-        )  # in the probe's own graph, a weight that has changed its type is unused
+        # A new forward pass: in the probe's own graph, a weight that has changed its type is unused.
+        before = _gradients_of_first(probe.task, parameters)
         state.restore()
         after = _gradients_of_first(with_others_replaced(probe.task), parameters)
     except Exception as error:  # the model may refuse a synthetic sample

@@ -80,13 +80,6 @@ static void gram_matrix(const REAL *x, int64_t channels, int64_t channel, int64_
   }
 }
 
-#ifdef SINGLE
-typedef int32_t whole;
-#else
-typedef int64_t whole;
-#endif
-typedef whole mask __attribute__((vector_size(BYTES), aligned(sizeof(REAL)), may_alias));
-
 /* The kernel entries that are not in the border at output position p, line by line of the kernel. An entry is its
  * row of the input's Gram matrix, moved so that q's own offset finds x_{p,e} . x_{q,e}, and the lanes of a line of q
  * that are not in the border. */

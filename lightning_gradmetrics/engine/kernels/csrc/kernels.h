@@ -38,6 +38,13 @@ typedef REAL vec __attribute__((vector_size(BYTES), aligned(BYTES)));
 typedef REAL loose __attribute__((vector_size(BYTES), aligned(sizeof(REAL)), may_alias));
 
 #ifdef SINGLE
+typedef int32_t whole;
+#else
+typedef int64_t whole;
+#endif
+typedef whole mask __attribute__((vector_size(BYTES), aligned(sizeof(REAL)), may_alias));
+
+#ifdef SINGLE
 #define LEAST 1e-28     /* smaller sums of squares may lack entries whose squares vanish in single precision */
 #define VANISHING 1e-36 /* smaller sums of squares have few digits */
 #else

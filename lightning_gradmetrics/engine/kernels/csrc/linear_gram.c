@@ -34,13 +34,6 @@ typedef struct {
   int64_t step, channels;
 } rows_of;
 
-#ifdef SINGLE
-typedef int32_t whole;
-#else
-typedef int64_t whole;
-#endif
-typedef whole mask __attribute__((vector_size(BYTES), aligned(sizeof(REAL)), may_alias));
-
 /* The products of SIDE rows with SIDE rows over the channels from `begin` to `end`; each lane has a part of the sum. */
 inline_always void row_products(const REAL *const *left, const REAL *const *right, int64_t begin, int64_t end,
                                 vec acc[PAIRS]) {

@@ -263,7 +263,8 @@ static void piece(product_job *j, int64_t task, char *scratch, int *has_zeros) {
     }
   finish(&s, j->out + task * STATISTICS);
   const int64_t rest = (last - first) % COLS, behind = rest > WIDTH ? COLS : rest ? WIDTH : 0;
-  const int is_exact = in_range(j->out[task * STATISTICS + SQUARE]) || is_zero(g, (last - first - rest + behind) * count);
+  const int is_exact = first >= last || in_range(j->out[task * STATISTICS + SQUARE]) ||
+                       is_zero(g, (last - first - rest + behind) * count);
   if (!is_exact) atomic_fetch_add(&j->lost, 1);
 }
 

@@ -15,7 +15,6 @@ enum { TOP, ODDS, SPREAD, SQUARES, SECOND, UNIFORM, SLOPE, OUTPUTS };
 enum { MOST_CLASSES = 256, PIECE = 2048 };
 
 #ifdef SINGLE
-typedef int32_t whole;
 typedef uint32_t natural;
 #define LOWEST (-104.0f) /* exp is 0 below */
 #define ROUNDER 12582912.0f
@@ -25,7 +24,6 @@ typedef uint32_t natural;
 #define MANTISSA 23
 #define BIAS 127
 #else
-typedef int64_t whole;
 typedef uint64_t natural;
 #define LOWEST (-746.0)
 #define ROUNDER 6755399441055744.0
