@@ -198,18 +198,20 @@ class ConvUse:
         g: The gradient of its output, ``(N, times, C', *S')``; for a transposed convolution its input.
         shape: The weight's shape.
         geometry: Kernel size, stride, padding, dilation and groups.
+        totals: Receives the sums of ``g`` over the positions, if they are computed beside the moments.
     """
 
     x: Tensor
     g: Tensor
     shape: tuple[int, ...]
     geometry: ConvGeometry
+    totals: PositionTotals | None = None
 
     def __len__(self) -> int:
         return len(self.x)
 
     def rows(self, start: int, stop: int) -> ConvUse:  # noqa: D102
-        return replace(self, x=self.x[start:stop], g=self.g[start:stop])
+        return replace(self, x=self.x[start:stop], g=self.g[start:stop], totals=None)
 
     def gradient(self) -> Tensor:  # noqa: D102
         x, g = at_least_float32(self.x), at_least_float32(self.g)
@@ -220,7 +222,7 @@ class ConvUse:
 
     def moments(self, wanted: Iterable[Moment]) -> Moments:  # noqa: D102
         if self.x.shape[1] == 1:
-            return conv_moments(self.x[:, 0], self.g[:, 0], self.geometry, wanted)
+            return conv_moments(self.x[:, 0], self.g[:, 0], self.geometry, wanted, self.totals)
         return chunked_moments(self, wanted)
 
 

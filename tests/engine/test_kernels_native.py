@@ -331,6 +331,17 @@ def test_sums_of_the_output_gradient_beside_the_moments_of_the_weight(dtype, wan
 
 
 @needs_compiler
+@pytest.mark.parametrize("groups", [1, 4])
+def test_sums_of_the_output_gradient_beside_the_moments_of_a_convolution(groups):
+    torch.manual_seed(0)
+    geometry = ConvGeometry((3, 3), (1, 1), (1, 1), (1, 1), groups)
+    x, g, totals = torch.randn(3, 8, 20, 20), torch.randn(3, 100, 20, 20), kernels.PositionTotals()
+    for form in (torch.contiguous_format, torch.channels_last):
+        kernels.conv_moments(x, g.contiguous(memory_format=form), geometry, ALL, totals)
+        torch.testing.assert_close(totals.value, g.double().sum((2, 3)), rtol=0, atol=1e-3)
+
+
+@needs_compiler
 def test_a_non_finite_sample_leaves_the_gram_sums_of_others_unchanged():
     torch.manual_seed(0)
     x, g = torch.randn(3, 20, 5, 5), torch.randn(3, 30, 5, 5)

@@ -15,7 +15,8 @@ from lightning_gradmetrics.engine.kernels.gram import conv_gram_pays, conv_squar
 from lightning_gradmetrics.engine.kernels.native import native_depthwise, native_products, supports
 from lightning_gradmetrics.engine.kernels.operators import operator
 from lightning_gradmetrics.engine.kernels.reduction import chosen_moments, chunked_moments
-from lightning_gradmetrics.engine.kernels.traced import in_graph, key_names, keys_of, named_moments, stacked_by_name
+from lightning_gradmetrics.engine.kernels.totals import PositionTotals, empty_results, new_totals, operator_results
+from lightning_gradmetrics.engine.kernels.traced import in_graph, key_names, keys_of, named_moments
 from lightning_gradmetrics.gradients.precision import at_least_float32
 from lightning_gradmetrics.gradients.statistics import Moment, Moments, accumulator
 
@@ -88,8 +89,17 @@ def _patches(x: Tensor, size: Sequence[int], geometry: ConvGeometry) -> Tensor:
     return x.as_strided((*x.shape[:2], *geometry.kernel_size, *size), strides)
 
 
-def conv_moments(x: Tensor, g: Tensor, geometry: ConvGeometry, wanted: Iterable[Moment]) -> Moments:
-    """Return moments of the per-sample weight gradients of a convolution; see :func:`conv_gradient` for the arguments.
+def conv_moments(
+    x: Tensor, g: Tensor, geometry: ConvGeometry, wanted: Iterable[Moment], totals: PositionTotals | None = None
+) -> Moments:
+    """Return moments of the per-sample weight gradients of a convolution; see :func:`conv_gradient` for the other arguments.
+
+    Args:
+        x: The layer's input.
+        g: The gradient of its output.
+        geometry: Kernel size, stride, padding, dilation and groups.
+        wanted: The moments to compute.
+        totals: Receives the sums of ``g`` over the positions, if they are computed in the same call.
 
     Returns:
         Each moment of the weight's entries, ``(N,)``.
@@ -104,20 +114,26 @@ def conv_moments(x: Tensor, g: Tensor, geometry: ConvGeometry, wanted: Iterable[
         return _fused(x, g, geometry, keys)
     if in_graph(g):
         names = key_names(keys)
-        return named_moments(_conv_moments(x, g, geometry.numbers(), names), names)
-    return _unfused(x, g, geometry, keys)
+        rows, *sums = _conv_moments(x, g, geometry.numbers(), names, totals is not None)
+        if totals is not None:
+            totals.value = sums[0]
+        return named_moments(rows, names)
+    return _unfused(x, g, geometry, keys, totals)
 
 
 @operator(
-    "(Tensor x, Tensor g, int[] geometry, str names) -> Tensor",
-    lambda x, g, geometry, names: g.new_empty(len(keys_of(names)), len(g), dtype=accumulator(g)),
+    "(Tensor x, Tensor g, int[] geometry, str names, bool with_totals) -> Tensor[]",
+    lambda x, g, geometry, names, with_totals: empty_results(g, len(keys_of(names)), g.shape[1] if with_totals else 0),
 )
-def _conv_moments(x: Tensor, g: Tensor, geometry: Sequence[int], names: str) -> Tensor:
-    found = _unfused(x, g, ConvGeometry.of_numbers(tuple(geometry)), frozenset(keys_of(names)))
-    return stacked_by_name(found, names)
+def _conv_moments(x: Tensor, g: Tensor, geometry: Sequence[int], names: str, with_totals: bool) -> list[Tensor]:
+    totals = PositionTotals() if with_totals else None
+    found = _unfused(x, g, ConvGeometry.of_numbers(tuple(geometry)), frozenset(keys_of(names)), totals)
+    return operator_results(found, names, totals, g)
 
 
-def _unfused(x: Tensor, g: Tensor, geometry: ConvGeometry, keys: frozenset[Moment]) -> Moments:
+def _unfused(
+    x: Tensor, g: Tensor, geometry: ConvGeometry, keys: frozenset[Moment], totals: PositionTotals | None = None
+) -> Moments:
     """Return the moments on a CPU, or by plain torch."""
     g = at_least_float32(g)
     x = x.to(g.dtype)
@@ -126,7 +142,7 @@ def _unfused(x: Tensor, g: Tensor, geometry: ConvGeometry, keys: frozenset[Momen
     gram = 2.0 in keys and keys <= {"sum", 2.0} and g.numel() > 0
     if gram and conv_gram_pays(x, g, geometry):
         return _by_gram(x, g, geometry, keys)
-    return _by_products(x, g, geometry, keys)
+    return _by_products(x, g, geometry, keys, totals)
 
 
 def scaled_products_pay(x: Tensor, outputs: int, geometry: ConvGeometry, wanted: Iterable[Moment]) -> bool:
@@ -169,11 +185,14 @@ def _by_gram(x: Tensor, g: Tensor, geometry: ConvGeometry, keys: frozenset[Momen
     return chosen_moments(moments, keys)
 
 
-def _by_products(x: Tensor, g: Tensor, geometry: ConvGeometry, keys: frozenset[Moment]) -> Moments:
+def _by_products(
+    x: Tensor, g: Tensor, geometry: ConvGeometry, keys: frozenset[Moment], totals: PositionTotals | None = None
+) -> Moments:
     """Return moments from the products; the compiled kernels never write the weight gradients to memory."""
     if g.numel() and supports(g, keys):
-        native = native_depthwise if _is_depthwise(x, g, geometry) else native_products
-        return native(x, g, geometry, keys)
+        if _is_depthwise(x, g, geometry):
+            return native_depthwise(x, g, geometry, keys)
+        return native_products(x, g, geometry, keys, totals=new_totals(totals, g))
     entries = g.shape[1] * x.shape[1] // geometry.groups * geometry.entries
     return chunked_moments(lambda rows: conv_gradient(x[rows], g[rows], geometry), g, entries, keys)
 

@@ -156,7 +156,7 @@ def linear_square(a: Tensor, g: Tensor, with_sums: bool = False, totals: Positio
         return (g[rows].mT @ a[rows]).double().square().sum((1, 2))
 
     if _has_rows(a, g):
-        moments = _checked(native_linear_squares(a, g, with_sums, CANCELLED, new_totals(totals, g)), direct)
+        moments = _checked(native_linear_squares(a, g, with_sums, CANCELLED, new_totals(totals, g.mT)), direct)
         return moments if with_sums else {2.0: moments[2.0]}
     if supports(g, {2.0}):
         return _checked(native_squares(a.mT, g.mT, POINTWISE, CANCELLED), direct)

@@ -14,8 +14,8 @@ from lightning_gradmetrics.engine.kernels.layers import looked_up_rows
 from lightning_gradmetrics.engine.kernels.native import native_products, supports
 from lightning_gradmetrics.engine.kernels.operators import operator
 from lightning_gradmetrics.engine.kernels.reduction import chosen_moments, chunked_moments, row_moments
-from lightning_gradmetrics.engine.kernels.totals import PositionTotals, new_totals
-from lightning_gradmetrics.engine.kernels.traced import in_graph, key_names, keys_of, named_moments, stacked_by_name
+from lightning_gradmetrics.engine.kernels.totals import PositionTotals, empty_results, new_totals, operator_results
+from lightning_gradmetrics.engine.kernels.traced import in_graph, key_names, keys_of, named_moments
 from lightning_gradmetrics.gradients.precision import at_least_float32
 from lightning_gradmetrics.gradients.statistics import Moment, Moments, accumulator
 
@@ -60,16 +60,20 @@ def linear_moments(a: Tensor, g: Tensor, wanted: Iterable[Moment], totals: Posit
         return fused_products(a.mT, g.mT, POINTWISE, keys, convolution=False)
     if in_graph(g):
         names = key_names(keys)
-        return named_moments(_linear_moments(a, g, names), names)
+        rows, *sums = _linear_moments(a, g, names, totals is not None)
+        if totals is not None:
+            totals.value = sums[0]
+        return named_moments(rows, names)
     return _unfused(a, g, keys, totals)
 
 
 @operator(
-    "(Tensor a, Tensor g, str names) -> Tensor",
-    lambda a, g, names: g.new_empty(len(keys_of(names)), len(g), dtype=accumulator(g)),
+    "(Tensor a, Tensor g, str names, bool with_totals) -> Tensor[]",
+    lambda a, g, names, with_totals: empty_results(g, len(keys_of(names)), g.shape[2] if with_totals else 0),
 )
-def _linear_moments(a: Tensor, g: Tensor, names: str) -> Tensor:
-    return stacked_by_name(_unfused(a, g, frozenset(keys_of(names))), names)
+def _linear_moments(a: Tensor, g: Tensor, names: str, with_totals: bool) -> list[Tensor]:
+    totals = PositionTotals() if with_totals else None
+    return operator_results(_unfused(a, g, frozenset(keys_of(names)), totals), names, totals, g.mT)
 
 
 def _unfused(a: Tensor, g: Tensor, keys: frozenset[Moment], totals: PositionTotals | None = None) -> Moments:
@@ -85,7 +89,7 @@ def _unfused(a: Tensor, g: Tensor, keys: frozenset[Moment], totals: PositionTota
             moments["sum"] = _total(a, g)
         return chosen_moments(moments, keys)
     if g.numel() and supports(g, keys):
-        return native_products(a.mT, g.mT, POINTWISE, keys, totals=new_totals(totals, g))
+        return native_products(a.mT, g.mT, POINTWISE, keys, totals=new_totals(totals, g.mT))
     return chunked_moments(lambda rows: linear_gradient(a[rows], g[rows]), g, a.shape[2] * g.shape[2], keys)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_gradmetrics.engine.kernels import ConvGeometry
+from lightning_gradmetrics.engine.kernels import ConvGeometry, PositionTotals
 from lightning_gradmetrics.engine.kernels.convolution import scaled_products_pay
 from lightning_gradmetrics.engine.kernels.native import supports
 from lightning_gradmetrics.engine.rules.base import Call, first_axis, rule, summed
@@ -67,11 +67,6 @@ def weight_dominates(values: dict[str, Any]) -> bool:
     return bool(weight.numel() >= WEIGHT_ENTRIES_PER_INPUT_ENTRY * x.shape[1:].numel())
 
 
-def _bias(g: Tensor) -> RowsUse:
-    """Return sum ``(N, times, C, *S)`` over all axes except samples and channels."""
-    return RowsUse(summed(g.transpose(1, 2)))
-
-
 @rule(
     torch.conv1d,
     torch.conv2d,
@@ -84,11 +79,12 @@ def _bias(g: Tensor) -> RowsUse:
 )
 def convolution(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     """``y = x * W + b``: a kernel entry multiplies a shifted input, and its gradient is that input times ``g``."""
-    if "bias" in call.slots:
-        yield "bias", _bias(g)
+    totals = PositionTotals() if "bias" in call.slots else None
     if "weight" in call.slots:
         x, geometry = padded_input(call)
-        yield "weight", ConvUse(x.to(g.dtype), g, call.shape("weight"), geometry)
+        yield "weight", ConvUse(x.to(g.dtype), g, call.shape("weight"), geometry, totals)
+    if totals is not None:
+        yield "bias", RowsUse(totals.rows(g.transpose(1, 2)))
 
 
 def padded_input(call: Call) -> tuple[Tensor, ConvGeometry]:
@@ -153,7 +149,7 @@ def _scaling_pays(
 def transposed_convolution(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     """The gradient of a convolution's weight, with input and output gradient exchanged."""
     if "bias" in call.slots:
-        yield "bias", _bias(g)
+        yield "bias", RowsUse(summed(g.transpose(1, 2)))
     if "weight" in call.slots:
         shape = call.shape("weight")
         dims = len(shape) - 2

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_gradmetrics.engine.kernels import PositionTotals
-from lightning_gradmetrics.engine.rules.base import Call, all_but_last, rule, summed, wide
+from lightning_gradmetrics.engine.rules.base import Call, all_but_last, rule
 from lightning_gradmetrics.engine.rules.sums import of_product
 from lightning_gradmetrics.engine.uses import LinearUse, OuterUse, RowsUse, Use
 
@@ -66,7 +66,7 @@ def _with_positions(call: Call, g: Tensor, transposed: bool) -> Iterator[tuple[s
     if totals is None:
         yield "bias", RowsUse(g.squeeze(1))
     else:
-        yield "bias", RowsUse(summed(g.mT) if totals.value is None else totals.value.to(wide(g.dtype)))
+        yield "bias", RowsUse(totals.rows(g.mT))
 
 
 def _matrix(call: Call) -> bool:
