@@ -327,7 +327,7 @@ def test_sums_of_the_output_gradient_beside_the_moments_of_the_weight(dtype, wan
     g, totals = g[..., 1:], kernels.PositionTotals()
     kernels.linear_moments(a, g, wanted, totals)
     exact = 1e-12 if dtype == torch.float64 else 1e-5
-    torch.testing.assert_close(totals.value, g.double().sum(1), rtol=0, atol=exact * positions)
+    torch.testing.assert_close(totals.value.double(), g.double().sum(1), rtol=0, atol=exact * positions)
 
 
 @needs_compiler

@@ -192,7 +192,7 @@ def _by_products(
     if g.numel() and supports(g, keys):
         if _is_depthwise(x, g, geometry):
             return native_depthwise(x, g, geometry, keys)
-        return native_products(x, g, geometry, keys, totals=new_totals(totals, g))
+        return native_products(x, g, geometry, keys, bias=new_totals(totals, g))
     entries = g.shape[1] * x.shape[1] // geometry.groups * geometry.entries
     return chunked_moments(lambda rows: conv_gradient(x[rows], g[rows], geometry), g, entries, keys)
 

@@ -60,8 +60,8 @@ class ProductJob(ctypes.Structure):
     """``product_job`` of ``products.c``."""
 
     _fields_ = (
-        _pointers("x g out scratch rows positions scale weight products totals")
-        + _integers("scratch_bytes samples groups pieces mode row_count columns channels layout")
+        _pointers("x g out scratch rows positions scale weight products totals bias")
+        + _integers("scratch_bytes samples groups pieces mode threads row_count columns channels layout")
         + _triples("size pad out_size")
         + _integers("x_sample x_channel")
         + _triples("x_step")
@@ -175,7 +175,7 @@ class LinearGramJob(ctypes.Structure):
     """``linear_gram_job`` of ``linear_gram.c``."""
 
     _fields_ = (
-        _pointers("a g totals out")
+        _pointers("a g bias out")
         + _integers("samples positions inputs outputs a_sample a_position g_sample g_position with_sums")
         + _fields(ctypes.c_double, "cancelled")
         + _counters("next lost")

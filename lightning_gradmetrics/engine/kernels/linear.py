@@ -89,7 +89,7 @@ def _unfused(a: Tensor, g: Tensor, keys: frozenset[Moment], totals: PositionTota
             moments["sum"] = _total(a, g)
         return chosen_moments(moments, keys)
     if g.numel() and supports(g, keys):
-        return native_products(a.mT, g.mT, POINTWISE, keys, totals=new_totals(totals, g.mT))
+        return native_products(a.mT, g.mT, POINTWISE, keys, bias=new_totals(totals, g.mT))
     return chunked_moments(lambda rows: linear_gradient(a[rows], g[rows]), g, a.shape[2] * g.shape[2], keys)
 
 

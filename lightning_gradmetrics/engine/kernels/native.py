@@ -217,7 +217,7 @@ def native_products(
     geometry: ConvGeometry,
     wanted: Iterable[Moment],
     scaled: ChannelScale | None = None,
-    totals: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Moments:
     """Return moments of a convolution's per-sample weight gradients, without writing any of them to memory. See :func:`supports`.
 
@@ -227,7 +227,7 @@ def native_products(
         geometry: Kernel size, stride, padding, dilation and groups.
         wanted: The moments to compute.
         scaled: Factors of the gradients of each output channel, and where to write the sums of each channel.
-        totals: Zeros ``(N, C_out)``, float64, to which the sums of ``g`` over the positions are added; not with ``scaled``.
+        bias: Receives the sums of ``g`` over the positions, ``(N, C_out)``, of the type of ``g``.
     """
     keys, library, threads = frozenset(wanted), library_for(g.dtype), threads_for()
     plan = _product_plan(TensorLayout.of(x), TensorLayout.of(g), geometry, _mode(keys), g.dtype, threads)
@@ -235,7 +235,7 @@ def native_products(
     job = ProductJob.from_buffer_copy(plan.job)
     job.x, job.g, job.out = x.data_ptr(), g.data_ptr(), out.data_ptr()
     job.scratch = scratch_address(job.scratch_bytes * threads)
-    job.totals = None if totals is None else totals.data_ptr()
+    job.bias = None if bias is None else bias.data_ptr()
     if scaled is not None:
         scale, weight = scaled.packed(geometry.groups, plan.lanes, plan.columns)  # alive until the kernel ends
         job.scale, job.weight = scale.data_ptr(), weight.data_ptr()
@@ -291,6 +291,7 @@ def _product_plan(
         groups=groups,
         pieces=pieces,
         mode=mode,
+        threads=threads,
         row_count=channels * geometry.entries,
         columns=columns,
         channels=channels,

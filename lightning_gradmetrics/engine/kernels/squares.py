@@ -49,7 +49,7 @@ def native_squares(x: Tensor, g: Tensor, geometry: ConvGeometry, cancelled: floa
 
 
 def native_linear_squares(
-    a: Tensor, g: Tensor, with_sums: bool, cancelled: float, totals: Tensor | None = None
+    a: Tensor, g: Tensor, with_sums: bool, cancelled: float, bias: Tensor | None = None
 ) -> GramSums:
     """Return sums of a linear layer's weight gradients, by Gram matrices of rows that are read where they are.
 
@@ -58,7 +58,7 @@ def native_linear_squares(
         g: The gradient of its output ``(N, T, O)``, likewise.
         with_sums: Whether to compute the sums, not only the sums of squares.
         cancelled: See :func:`native_squares`. The bound of such a sum of squares, or of one out of range, is infinite.
-        totals: Zeros ``(N, O)``, float64, to which the sums of ``g`` over the positions are added.
+        bias: Receives the sums of ``g`` over the positions, ``(N, O)``, of the type of ``g``.
     """
     out = torch.empty(len(g), 1, 3, dtype=torch.float64)
     job = LinearGramJob(
@@ -76,7 +76,7 @@ def native_linear_squares(
         with_sums=with_sums,
         cancelled=cancelled,
     )
-    job.totals = None if totals is None else totals.data_ptr()
+    job.bias = None if bias is None else bias.data_ptr()
     run_job(job, library_for(g.dtype).linear_squares, threads_for())
     return GramSums(out, job.lost > 0)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from lightning_gradmetrics.engine.kernels.reduction import position_sums
@@ -36,7 +35,7 @@ class PositionTotals:
 
 
 def new_totals(totals: PositionTotals | None, g: Tensor) -> Tensor | None:
-    """Return zeros to which a kernel adds the sums, and store them in ``totals``; ``None`` if they are not wanted.
+    """Return memory to which a kernel writes the sums, and store it in ``totals``; ``None`` if they are not wanted.
 
     Args:
         totals: Receives the sums.
@@ -44,7 +43,7 @@ def new_totals(totals: PositionTotals | None, g: Tensor) -> Tensor | None:
     """
     if totals is None:
         return None
-    totals.value = torch.zeros(g.shape[0], g.shape[1], dtype=torch.float64)
+    totals.value = g.new_empty(g.shape[0], g.shape[1])
     return totals.value
 
 

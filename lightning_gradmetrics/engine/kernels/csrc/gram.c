@@ -51,7 +51,7 @@ inline_always void gram_tile(const REAL *packed, const int32_t *steps, int64_t c
     for (int v = 0; v < 2; v++)
       acc[r][v] = fresh ? (vec){0} : *(const vec *)(gram + row * width + panel * COLS + v * WIDTH);
   }
-  product(packed, rows, steps, (const vec *)(packed + panel * channels * COLS), (int)channels, acc, IN_RUNS);
+  product(packed, rows, steps, (const vec *)(packed + panel * channels * COLS), (int)channels, acc, IN_RUNS, ROWS);
   for (int r = 0; r < ROWS && first + r < width; r++)
     for (int v = 0; v < 2; v++) *(vec *)(gram + (first + r) * width + panel * COLS + v * WIDTH) = acc[r][v];
 }

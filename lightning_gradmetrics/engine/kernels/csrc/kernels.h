@@ -220,16 +220,16 @@ inline_always void row_starts(const REAL *x, const int32_t *rows, const REAL **s
   for (int r = 0; r < (runs ? RUNS : ROWS); r++) start[r] = x + rows[runs ? r * RUN : r];
 }
 
-/* acc[r][.] += sum_p x[row r + position p] g[p, .] */
+/* acc[r][.] += sum_p x[row r + position p] g[p, .] for the first `used` rows */
 inline_always void product(const REAL *x, const int32_t *rows, const int32_t *positions, const vec *g, int count,
-                           vec acc[ROWS][2], int runs) {
+                           vec acc[ROWS][2], int runs, int used) {
   const REAL *start[ROWS];
   row_starts(x, rows, start, runs);
   for (int p = 0; p < count; p++) {
     const int64_t at = positions[p];
     const vec g0 = g[2 * p], g1 = g[2 * p + 1];
 #pragma GCC unroll 16
-    for (int r = 0; r < ROWS; r++) {
+    for (int r = 0; r < used; r++) {
       const REAL value = *row_at(start, r, at, runs);
       acc[r][0] += value * g0;
       acc[r][1] += value * g1;

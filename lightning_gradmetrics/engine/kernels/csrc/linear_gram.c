@@ -8,7 +8,7 @@
 
 typedef struct {
   const REAL *a, *g;
-  double *totals; /* (samples, outputs): sums of g over the positions are added; may be null */
+  REAL *bias; /* (samples, outputs): receives the sums of g over the positions; may be null */
   double *out; /* (samples, 3): sum, sum of squares, its largest possible value or, if it has few digits, infinity */
   int64_t samples, positions, inputs, outputs; /* at least WIDTH inputs and outputs */
   int64_t a_sample, a_position, g_sample, g_position;
@@ -171,17 +171,18 @@ static void all_blocks(rows_of a, rows_of g, int64_t count, gram_sums *s) {
     }
 }
 
-/* Adds the sums over the rows to `to`. */
-static void add_totals(rows_of rows, int64_t count, double *to) {
-  REAL part[COLUMNS];
+/* Writes the sums over the rows. */
+static void row_sums(rows_of rows, int64_t count, REAL *to) {
   for (int64_t first = 0; first < rows.channels; first += COLUMNS) {
     const int64_t width = rows.channels - first < COLUMNS ? rows.channels - first : COLUMNS;
+    double total[COLUMNS] = {0};
     for (int64_t p = 0; p < count; p += TERMS) {
-      memset(part, 0, sizeof part);
+      REAL part[COLUMNS] = {0};
       for (int64_t q = p; q < p + TERMS && q < count; q++)
         for (int64_t c = 0; c < width; c++) part[c] += rows.first[q * rows.step + first + c];
-      for (int64_t c = 0; c < width; c++) to[first + c] += part[c];
+      for (int64_t c = 0; c < width; c++) total[c] += part[c];
     }
+    for (int64_t c = 0; c < width; c++) to[first + c] = (REAL)total[c];
   }
 }
 
@@ -201,7 +202,7 @@ static void sample_square(linear_gram_job *j, int64_t n) {
   double sum = 0, square = 0;
   for (int64_t p = 0; j->with_sums && p < j->positions; p++)
     sum += row_total(a.first + p * a.step, a.channels) * row_total(g.first + p * g.step, g.channels);
-  if (j->totals) add_totals(g, j->positions, j->totals + n * j->outputs);
+  if (j->bias) row_sums(g, j->positions, j->bias + n * j->outputs);
   all_blocks(a, g, j->positions, &s);
   for (int l = 0; l < WIDTH; l++) square += s.square[l];
   const double bound = s.root * s.root;

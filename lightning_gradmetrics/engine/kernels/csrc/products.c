@@ -10,7 +10,9 @@
  */
 #include "kernels.h"
 
-#define BLOCK_TILES 32 /* tiles of rows that share a block of g */
+#define BLOCK_TILES 32     /* tiles of rows that share a block of g */
+#define LINE 64            /* bytes of a cache line */
+#define AHEAD (512 * 1024) /* largest number of bytes of a sample that is fetched while one before it is computed */
 
 enum { IN_PLACE = 0, PLANES = 1, INTERLEAVED = 2 }; /* layouts of the input */
 
@@ -21,7 +23,8 @@ typedef struct {
   const int32_t *rows, *positions; /* rows: padded to a multiple of ROWS with valid offsets */
   const REAL *scale, *weight;      /* (groups, padded columns) and (groups, rows, padded columns); null if not scaled */
   double *products, *totals;       /* (samples, groups, columns): sums over rows of weight and G, over positions of g */
-  int64_t scratch_bytes, samples, groups, pieces, mode;
+  REAL *bias;                      /* likewise the latter sums; null if not wanted */
+  int64_t scratch_bytes, samples, groups, pieces, mode, threads;
   int64_t row_count, columns; /* input channels of a group times kernel entries; output channels of a group */
   int64_t channels, layout, in[3], pad[3], out_size[3];
   int64_t x_sample, x_channel, x_step[3], g_sample, g_channel, g_step[3];
@@ -143,8 +146,9 @@ inline_always void scale_tile(const REAL *weight, int64_t step, const vec *scale
     for (int v = 0; v < 2; v++) acc[i][v] *= scale[v];
 }
 
-/* Adds the sums of a panel's columns to `totals`. */
-static void panel_totals(const vec *g, int64_t count, int valid, int narrow, double *totals) {
+/* Computes the sums of a panel's columns. */
+static void panel_totals(const vec *g, int64_t count, int narrow, double total[COLS]) {
+  memset(total, 0, sizeof(double) * COLS);
   for (int64_t p = 0; p < count; p += BLOCK) {
     const int64_t end = p + BLOCK < count ? p + BLOCK : count;
     vec sums[2] = {{0}};
@@ -152,13 +156,25 @@ static void panel_totals(const vec *g, int64_t count, int valid, int narrow, dou
       sums[0] += g[narrow ? q : 2 * q];
       if (!narrow) sums[1] += g[2 * q + 1];
     }
-    for (int c = 0; c < valid; c++) totals[c] += sums[c / WIDTH][c % WIDTH];
+    for (int c = 0; c < COLS; c++) total[c] += sums[c / WIDTH][c % WIDTH];
   }
+}
+
+/* Memory of a later sample that goes to the second-level cache, some lines with each tile of this one. */
+typedef struct {
+  const char *next[2], *end[2];
+  int64_t step;
+} fetching;
+
+inline_always void fetch(fetching *f) {
+  const int part = f->next[0] >= f->end[0];
+  for (int64_t i = 0; i < f->step && f->next[part] < f->end[part]; i++, f->next[part] += LINE)
+    __builtin_prefetch(f->next[part], 0, 2);
 }
 
 /* All tiles of one panel of columns and one block of rows. The columns of a narrow panel fill one vector. */
 inline_always void panel(const product_job *j, const REAL *x, const vec *g, int64_t begin, int64_t end, int valid,
-                         vec *buffer, running *s, const scaling *scaled, int mode, int narrow, int runs) {
+                         vec *buffer, running *s, const scaling *scaled, fetching *later, int mode, int narrow, int runs) {
   const int64_t count = j->out_size[0] * j->out_size[1] * j->out_size[2];
   vec sums[2] = {{0}};
   for (int64_t p = 0; p < count; p += BLOCK) {
@@ -166,13 +182,16 @@ inline_always void panel(const product_job *j, const REAL *x, const vec *g, int6
     vec(*stored)[ROWS][2] = (vec(*)[ROWS][2])buffer;
     for (int64_t r = begin; r < end; r += ROWS, stored++) {
       vec acc[ROWS][2];
+      fetch(later);
 #pragma GCC unroll 16
       for (int i = 0; i < ROWS; i++)
         for (int v = 0; v < 2; v++) acc[i][v] = p ? (*stored)[i][v] : (vec){0};
       if (narrow)
         narrow_product(x, j->rows + r, j->positions + p, g + p, size, acc, runs);
+      else if (runs && end - r <= RUN)
+        product(x, j->rows + r, j->positions + p, g + 2 * p, size, acc, runs, RUN);
       else
-        product(x, j->rows + r, j->positions + p, g + 2 * p, size, acc, runs);
+        product(x, j->rows + r, j->positions + p, g + 2 * p, size, acc, runs, ROWS);
       if (!last) {
         memcpy(stored, acc, sizeof acc);
         continue;
@@ -193,11 +212,11 @@ inline_always void panel(const product_job *j, const REAL *x, const vec *g, int6
 
 /* The same, compiled for each mode, width and order of rows. */
 static void any_panel(const product_job *j, const REAL *x, const vec *g, int64_t begin, int64_t end, int valid, vec *buffer,
-                      running *s, const scaling *scaled) {
+                      running *s, const scaling *scaled, fetching *later) {
   const int narrow = valid <= WIDTH, runs = j->layout == INTERLEAVED && j->channels % RUN == 0;
-#define CASE(mode, narrow, runs)                                              \
-  case 4 * mode + 2 * narrow + runs:                                          \
-    panel(j, x, g, begin, end, valid, buffer, s, scaled, mode, narrow, runs); \
+#define CASE(mode, narrow, runs)                                                     \
+  case 4 * mode + 2 * narrow + runs:                                                 \
+    panel(j, x, g, begin, end, valid, buffer, s, scaled, later, mode, narrow, runs); \
     break;
   switch (4 * (int)j->mode + 2 * narrow + runs) {
     CASE(SUMS, 0, SCATTERED)
@@ -224,6 +243,21 @@ static scaling scaling_of(const product_job *j, int64_t n, int64_t group, int64_
   return found;
 }
 
+/* What to fetch during a task: the operands of the task that this thread probably takes next. */
+static fetching fetched_during(const product_job *j, int64_t task, int64_t panels) {
+  fetching found = {0};
+  const int64_t n = task / j->pieces / j->groups, later = (task + j->threads) / j->pieces / j->groups;
+  const int64_t count = j->out_size[0] * j->out_size[1] * j->out_size[2], blocks = (count + BLOCK - 1) / BLOCK;
+  const int64_t x_bytes = sizeof(REAL) * j->groups * j->channels * j->in[0] * j->in[1] * j->in[2];
+  const int64_t g_bytes = sizeof(REAL) * j->groups * j->columns * count;
+  if (later == n || later >= j->samples || x_bytes == 0 || x_bytes + g_bytes > AHEAD) return found;
+  const int64_t tiles = (j->row_count + ROWS - 1) / ROWS * panels * blocks * j->pieces * j->groups;
+  found.next[0] = (const char *)(j->x + later * j->x_sample), found.end[0] = found.next[0] + x_bytes;
+  found.next[1] = (const char *)(j->g + later * j->g_sample), found.end[1] = found.next[1] + g_bytes;
+  found.step = (x_bytes + g_bytes) / LINE / tiles + 1;
+  return found;
+}
+
 static void piece(product_job *j, int64_t task, char *scratch, int *has_zeros) {
   const int64_t part = task % j->pieces, group = task / j->pieces % j->groups, n = task / j->pieces / j->groups;
   const int64_t count = j->out_size[0] * j->out_size[1] * j->out_size[2];
@@ -232,6 +266,7 @@ static void piece(product_job *j, int64_t task, char *scratch, int *has_zeros) {
                 last = (part + 1) * each * COLS < j->columns ? (part + 1) * each * COLS : j->columns;
   running s;
   start(&s);
+  fetching later = fetched_during(j, task, each);
   vec *buffer = (vec *)scratch;
   const REAL *g = (const REAL *)(buffer + BLOCK_TILES * ROWS * 2);
   const REAL *x = j->x + n * j->x_sample + group * j->channels * j->x_channel;
@@ -248,10 +283,13 @@ static void piece(product_job *j, int64_t task, char *scratch, int *has_zeros) {
     else
       pack_gradient(j, from, last - first, (REAL *)g);
   }
-  for (int64_t c = first; j->totals && c < last; c += COLS) {
+  for (int64_t c = first; (j->totals || j->bias) && c < last; c += COLS) {
     const int valid = last - c < COLS ? (int)(last - c) : COLS;
-    panel_totals((const vec *)(g + (c - first) * count), count, valid, valid <= WIDTH,
-                 j->totals + (n * j->groups + group) * j->columns + c);
+    const int64_t at = (n * j->groups + group) * j->columns + c;
+    double total[COLS];
+    panel_totals((const vec *)(g + (c - first) * count), count, valid <= WIDTH, total);
+    for (int k = 0; j->totals && k < valid; k++) j->totals[at + k] = total[k];
+    for (int k = 0; j->bias && k < valid; k++) j->bias[at + k] = (REAL)total[k];
   }
   for (int64_t r = 0; r < j->row_count; r += BLOCK_TILES * ROWS)
     for (int64_t c = first; c < last; c += COLS) {
@@ -259,7 +297,7 @@ static void piece(product_job *j, int64_t task, char *scratch, int *has_zeros) {
       int valid = last - c < COLS ? (int)(last - c) : COLS;
       const vec *block = (const vec *)(g + (c - first) * count);
       const scaling scaled = scaling_of(j, n, group, c);
-      any_panel(j, x, block, r, end, valid, buffer, &s, &scaled);
+      any_panel(j, x, block, r, end, valid, buffer, &s, &scaled, &later);
     }
   finish(&s, j->out + task * STATISTICS);
   const int64_t rest = (last - first) % COLS, behind = rest > WIDTH ? COLS : rest ? WIDTH : 0;
