@@ -338,7 +338,7 @@ def test_sums_of_the_output_gradient_beside_the_moments_of_a_convolution(groups)
     x, g, totals = torch.randn(3, 8, 20, 20), torch.randn(3, 100, 20, 20), kernels.PositionTotals()
     for form in (torch.contiguous_format, torch.channels_last):
         kernels.conv_moments(x, g.contiguous(memory_format=form), geometry, ALL, totals)
-        torch.testing.assert_close(totals.value, g.double().sum((2, 3)), rtol=0, atol=1e-3)
+        torch.testing.assert_close(totals.value.double(), g.double().sum((2, 3)), rtol=0, atol=1e-3)
 
 
 @needs_compiler
