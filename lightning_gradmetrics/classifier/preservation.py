@@ -141,7 +141,7 @@ class ModelRecord:
     def restore(self) -> None:
         """Set everything to this state."""
         warn_of_late_writes(self.modules[0], self._late_writes())
-        self._memory.restore()  # a gradient can only be assigned to a parameter of its type
+        self._restore_parameters()  # a gradient can only be assigned to a parameter of its type
         for parameter, (requires_grad, gradient) in zip(self.parameters, self._requirements, strict=True):
             if parameter.requires_grad != requires_grad:
                 parameter.requires_grad_(requires_grad)
@@ -150,7 +150,6 @@ class ModelRecord:
         if not self.layout.is_current():
             self.added = self.layout.restore_registered()
             self.layout.restore()
-        self._restore_parameters()
         self._values.restore()
         self.generators.restore()
 

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from ctypes import string_at
 from functools import lru_cache
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +36,8 @@ __all__ = [
 _WRITTEN: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """The parameters, buffers and tensors among attributes that a watched forward pass has changed in place."""
 
-_WATCHED: WeakSet[nn.Module] = WeakSet()
-"""The models of which a forward pass was watched."""
+_WATCHED: WeakKeyDictionary[nn.Module, tuple[int, ...]] = WeakKeyDictionary()
+"""The models of which a forward pass was watched, with the identities of their parameters at that time."""
 
 _OPEN: WeakSet[Any] = WeakSet()
 """The records of models that were made before a forward pass of the model was watched."""
@@ -251,8 +251,10 @@ def note_open(model: nn.Module, record: Any) -> None:
     """Let a record of a model store the values of tensors that the first forward pass changes in place.
 
     The record has ``parameters`` and ``tensors()``, which are watched, and ``note_written`` is called before one is changed.
+    A model with other parameters than at its first pass, as after ``load_state_dict(assign=True)``, is watched again.
     """
-    if model not in _WATCHED:
+    if _WATCHED.get(model) != _identities(record.parameters):
+        _WATCHED.pop(model, None)
         _OPEN.add(record)
 
 
@@ -268,9 +270,22 @@ def first_pass_watched(model: nn.Module) -> AbstractContextManager[None]:
 def _watched(model: nn.Module) -> Iterator[None]:
     # torch.compile may give up on functions that it meets inside of a mode.
     is_compiler_loaded = "torch._dynamo" in sys.modules
+    parameters = _registered(model)
     with torch.compiler.set_stance("force_eager") if is_compiler_loaded else nullcontext(), _Watch():  # type: ignore[no-untyped-call]
         yield
-    _WATCHED.add(model)
+    _WATCHED[model] = parameters
+
+
+def _registered(model: nn.Module) -> tuple[int, ...]:
+    """Return the identities of all registered parameters, in the order of a record."""
+    parameters: list[Tensor] = []
+    for module in model.modules():
+        parameters += filter(lambda parameter: parameter is not None, module._parameters.values())
+    return _identities(parameters)
+
+
+def _identities(tensors: Iterable[Tensor]) -> tuple[int, ...]:
+    return tuple(map(id, tensors))
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -103,6 +103,21 @@ def test_a_change_that_the_first_pass_does_not_make_is_reported_and_undone_later
     assert_same(model, before)
 
 
+@pytest.mark.parametrize("way", ["in place", "without gradients"])
+@pytest.mark.parametrize("part", ["weights", "a new layer"])
+def test_a_model_with_other_parameters_is_watched_again(part: str, way: str) -> None:
+    model, x = made(way)
+    lgm.gradient_statistics(model, x, "pseudo_label")
+    if part == "weights":
+        model.load_state_dict({name: 2 * value for name, value in model.state_dict().items()}, assign=True)
+    else:
+        model.body = copy.deepcopy(model.body)
+    expected, before = norms(model, x), state_of(model)
+    torch.testing.assert_close(lgm.gradient_statistics(model, x, "pseudo_label").norm(2), expected)
+    assert_same(model, before)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_torch_func_refuses_a_model_that_replaces_data() -> None:
     """Otherwise torch crashes the process."""
     model, x = made("buffer replaced")
