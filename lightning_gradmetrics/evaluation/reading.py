@@ -102,6 +102,11 @@ def float_column(results: pa.Table, name: str) -> Any:
     ):  # the digits of a text would be cast
         with suppress(pa.ArrowInvalid, pa.ArrowNotImplementedError):
             return results[name].cast(pa.float64()).to_numpy()
+    if pa.types.is_integer(value_kind):
+        raise ValueError(
+            f"the column {name!r} contains whole numbers of more than 2^53 in magnitude, which float64 would round: subtract a "
+            "constant from all of them, or replace each by its rank"
+        )
     example = next((value for value in results[name].to_pylist() if value is not None), None)
     raise ValueError(
         f"the column {name!r} contains values of type {kind}; expected numbers, not {example!r}: convert it first, classes to "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -142,7 +143,7 @@ class RowSorter:
 
 
 def dataset_numbers(table: pa.Table) -> tuple[list[str], Any]:
-    """Return the names of the datasets, and the position ``(N,)`` of each row's dataset among them.
+    """Return the names of the datasets that have rows, and the position ``(N,)`` of each row's dataset among them.
 
     Raises:
         ValueError: If a row has no dataset.
@@ -150,9 +151,16 @@ def dataset_numbers(table: pa.Table) -> tuple[list[str], Any]:
     column = table["dataset"].combine_chunks()
     if not pa.types.is_dictionary(column.type):
         column = pc.dictionary_encode(column)
+    elif column.dictionary.null_count:
+        column = pc.dictionary_encode(column.dictionary_decode())
     if column.null_count:
         raise ValueError(f"{column.null_count} rows have no dataset: fill the column 'dataset'")
-    return column.dictionary.to_pylist(), column.indices.to_numpy(zero_copy_only=False)
+    names, numbers = column.dictionary.to_pylist(), column.indices.to_numpy(zero_copy_only=False)
+    has_rows = np.bincount(numbers, minlength=len(names)) > 0
+    if has_rows.all():
+        return names, numbers
+    # A column of pandas keeps the categories of rows that were filtered out.
+    return list(compress(names, has_rows)), (np.cumsum(has_rows) - 1)[numbers]
 
 
 def _row_notes(summary: Mapping[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from lightning_gradmetrics.classifier.hints import did_you_mean
 from lightning_gradmetrics.evaluation.reading import as_table, finite_rows, float_column
 from lightning_gradmetrics.evaluation.risk_rules import JointRisk, LearnThenTest, SelectiveRisk
+from lightning_gradmetrics.evaluation.row_classes import ID, dataset_numbers
 from lightning_gradmetrics.evaluation.rules import Conformal, Coverage, Rule, TruePositiveRate
 
 __all__ = ["Thresholds", "conformal_p_values", "count_accepted", "fit_thresholds"]
@@ -194,11 +195,10 @@ def _is_ood(table: pa.Table, roles: Mapping[str, str] | None) -> Any:
     """Return which rows ``(N,)`` are out-of-distribution."""
     if roles is None:
         return np.zeros(len(table), dtype=bool)
-    names = as_table(table, ["dataset"])["dataset"].to_pylist()
+    names, numbers = dataset_numbers(as_table(table, ["dataset"]))
     if unknown := sorted(set(names) - set(roles)):
         raise ValueError(f"no role for the datasets {unknown}: add each to roles, as in {{'{unknown[0]}': 'id'}}")
-    outside = [name for name, role in roles.items() if role != "id"]
-    return np.isin(np.asarray(names), outside)
+    return np.array([roles[name] != ID for name in names], dtype=bool)[numbers]
 
 
 def count_accepted(results: Any, thresholds: Thresholds) -> list[dict[str, Any]]:
@@ -253,13 +253,13 @@ def conformal_p_values(calibration: Any, scores: Any) -> Any:
 
     Args:
         calibration: Finite scores ``(n,)`` of held-out in-distribution samples.
-        scores: Scores ``(N,)`` to test.
+        scores: Scores ``(N,)`` to test, maybe infinite.
 
     Returns:
         The p-values ``(N,)``.
 
     Raises:
-        ValueError: If a calibration score is not finite, or there is none.
+        ValueError: If a calibration score is not finite, or there is none, or a score to test is NaN.
 
     Example:
         >>> conformal_p_values([1.0, 2.0, 3.0], [0.0, 2.5, 9.0]).tolist()
@@ -271,5 +271,10 @@ def conformal_p_values(calibration: Any, scores: Any) -> Any:
     calibration = np.sort(np.asarray(calibration, dtype=np.float64))
     if not len(calibration) or not np.isfinite(calibration).all():
         raise ValueError("calibration must be at least one finite score")
-    at_least = len(calibration) - np.searchsorted(calibration, np.asarray(scores, dtype=np.float64), side="left")
+    tested = np.asarray(scores, dtype=np.float64)
+    if np.isnan(tested).any():
+        raise ValueError(
+            f"{int(np.isnan(tested).sum())} of the scores are NaN, which have no p-value: drop these samples"
+        )
+    at_least = len(calibration) - np.searchsorted(calibration, tested, side="left")
     return (1 + at_least) / (len(calibration) + 1)

@@ -147,6 +147,18 @@ def test_columns_of_other_types_are_read_alike():
         assert evaluate(other, ["good"], ROLES, ["good"], resamples=20, bins=bins).metrics == expected.metrics
 
 
+def test_categories_without_rows_need_no_role():
+    names = pa.array([*table()["dataset"].to_pylist(), "unused"]).dictionary_encode()[:-1]
+    assert "unused" in names.dictionary.to_pylist()
+    found = evaluate(table(dataset=names), ["good"], ROLES, resamples=0)
+    assert found.metrics == evaluate(table(), ["good"], ROLES, resamples=0).metrics
+
+
+def test_integers_that_float64_would_round_are_named():
+    with pytest.raises(ValueError, match=r"column 'good' contains whole numbers of more than 2\^53"):
+        evaluate(table(good=np.arange(len(table())) + 2**60), ["good"], ROLES, resamples=0)
+
+
 def test_few_positives_and_missing_roles_are_noted():
     small = table().filter(pa.array(np.arange(len(table())) < 305))
     found = evaluate(small, ["good"], ROLES, ["good"], resamples=20)

@@ -268,3 +268,15 @@ def test_error_bounds_agree_with_the_binomial_tail():
     low, high = error_bounds(3, 50, 0.05)
     assert binom.cdf(3, 50, high) == pytest.approx(0.05) and binom.sf(2, 50, low) == pytest.approx(0.05)
     assert error_bounds(0, 10, 0.05)[0] == 0 and error_bounds(10, 10, 0.05)[1] == 1
+
+
+def test_a_nan_has_no_p_value() -> None:
+    with pytest.raises(ValueError, match="1 of the scores are NaN"):
+        conformal_p_values([1.0, 2.0], [np.nan, 1.0])
+    assert conformal_p_values([1.0, 2.0], [-np.inf, np.inf]).tolist() == [1.0, 1 / 3]
+
+
+def test_rows_without_a_dataset_are_refused() -> None:
+    table = pa.table({"dataset": ["mine", None, "other"], "a": [1.0, 2.0, 3.0]})
+    with pytest.raises(ValueError, match="1 rows have no dataset"):
+        fit_thresholds(table, ["a"], roles={"mine": "id"})

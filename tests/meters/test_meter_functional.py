@@ -95,6 +95,13 @@ def test_counts_and_samples_give_equal_metrics(name):
             torch.testing.assert_close(one, other)
 
 
+def test_quantiles_of_huge_scores_and_close_quantiles():
+    found = F.distribution(torch.tensor([-1.7e308, 1.7e308], dtype=torch.float64), quantiles=[0.5, 0.75])
+    assert found["q50"] == 0 and found["q75"] == 0.85e308
+    found = F.distribution(torch.arange(9.0), quantiles=[0.9999999, 1.0, 0.07])
+    assert [name for name in found if name.startswith("q")] == ["q99.99999", "q100", "q7"]
+
+
 def test_well_separated_raw_scores_are_not_squashed():
     # torchmetrics on these raw scores gives 0.5, because a sigmoid makes ones of them all.
     scores, target = torch.tensor([20.0, 30.0, 40.0, 60.0]), torch.tensor([0, 0, 1, 1])

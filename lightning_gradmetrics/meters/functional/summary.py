@@ -76,7 +76,7 @@ def distribution_of_counts(
     variance = ((scaled - mean).square() * number).sum() / (total - 1).clamp(min=0)
     numbers = {"mean": mean * exponent, "std": variance.sqrt() * exponent}
     numbers |= {"min": _quantile(values, number, 0.0), "max": _quantile(values, number, 1.0)}
-    numbers |= {f"q{100 * q:g}": _quantile(values, number, q) for q in check_quantiles(quantiles)}
+    numbers |= {f"q{100 * q:.12g}": _quantile(values, number, q) for q in check_quantiles(quantiles)}
     announce_undefined(torch.stack(list(numbers.values())), "a score's distribution", "at least two finite scores")
     return {
         "count": total,
@@ -91,7 +91,12 @@ def _quantile(values: Tensor, number: Tensor, quantile: float) -> Tensor:
     position = quantile * float(number.sum() - 1)
     ranks = torch.tensor([int(position), -int(-position // 1)], device=values.device)
     low, high = values[torch.searchsorted(number.cumsum(0), ranks, right=True)]
-    return torch.lerp(low, high, position - int(position))
+    value = torch.lerp(low, high, position - int(position))
+    if bool(torch.isfinite(value)):
+        return value
+    return 2 * torch.lerp(
+        low / 2, high / 2, position - int(position)
+    )  # the difference of two finite numbers was infinite
 
 
 def spearman(scores: Tensor) -> Tensor:
