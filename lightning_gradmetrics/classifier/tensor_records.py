@@ -280,7 +280,7 @@ def _registered(model: nn.Module) -> tuple[int, ...]:
     """Return the identities of all registered parameters, in the order of a record."""
     parameters: list[Tensor] = []
     for module in model.modules():
-        parameters += filter(lambda parameter: parameter is not None, module._parameters.values())
+        parameters += [parameter for parameter in module._parameters.values() if parameter is not None]
     return _identities(parameters)
 
 

@@ -22,6 +22,8 @@ def finite_rows(inputs: Inputs | None, others: Iterable[Tensor], size: int) -> T
         others: Further tensors ``(N, ...)``.
         size: The number of samples ``N``.
     """
+    if not size:  # a step may leave out all samples of a batch
+        return torch.ones(0, dtype=torch.bool)
     flags: list[Tensor] = []
     columns: list[Tensor] = []
     tensors: list[Tensor] = []
@@ -32,6 +34,8 @@ def finite_rows(inputs: Inputs | None, others: Iterable[Tensor], size: int) -> T
         else:
             tensors += tensors_in(argument)
     for tensor in (*tensors, *others):
+        if tensor.is_complex():
+            tensor = torch.view_as_real(tensor.detach().resolve_conj())
         if not tensor.is_floating_point() or not tensor.ndim or len(tensor) != size:
             continue
         if tensor.ndim == 1:

@@ -66,3 +66,5 @@ def test_finite_rows() -> None:
     score = torch.tensor([0.0, 0.0, float("inf"), 0.0])
     assert finite_rows(inputs, [score], 4).tolist() == [True, False, False, True]
     assert finite_rows({"ids": torch.ones(2, dtype=torch.long)}, [], 2).tolist() == [True, True]
+    assert finite_rows(torch.ones(3, 2), [torch.ones(0, 3), torch.ones(0)], 0).tolist() == []
+    assert finite_rows(torch.tensor([[1j], [complex(0, torch.inf)]]), [], 2).tolist() == [True, False]
