@@ -86,6 +86,47 @@ def sums(monkeypatch: pytest.MonkeyPatch) -> list[tuple[set[str], list[int]]]:
     return noted
 
 
+class _Mean(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).flatten(2).mean(2) if x.ndim > 2 else super().forward(x)
+
+
+class _BeforeNorm(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.head = layer, nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.layer_norm(self.layer(x), (6,)).tanh().flatten(1, -2).mean(1))
+
+
+CANCELLING: dict[str, tuple[Any, Any, Tensor]] = {
+    "head": (F.linear, lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)), torch.randn(20, 4)),
+    "head of images": (torch.conv2d, lambda: _Mean(nn.Conv2d(2, 3, 3, padding=1)), torch.randn(20, 2, 4, 4)),
+    "before a norm": (F.linear, lambda: _BeforeNorm(nn.Linear(4, 6)), torch.randn(20, 5, 4)),
+    "embedding before a norm": (torch.embedding, lambda: _BeforeNorm(nn.Embedding(9, 6)), torch.randint(9, (20, 5))),
+}
+"""Models with a function whose output gradients add up to zero for each sample."""
+
+
+@pytest.mark.parametrize("model", CANCELLING)
+def test_a_wrong_row_is_found_where_sums_cancel(model: str, sums: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    function, make, x = CANCELLING[model]
+    x = x.double() if x.is_floating_point() else x
+    net, right = make().double().eval(), RULES[function]
+
+    def swapped(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
+        is_last = g.shape[2 if function is torch.conv2d else -1] == (6 if "norm" in model else 3)
+        return right.uses(call, torch.cat([g[:11], g[:1], g[12:]]) if is_last and len(g) == 20 else g)
+
+    _compare(net, x[:7])
+    assert sums[-1][1] == []
+    monkeypatch.setitem(RULES, function, dataclasses.replace(right, uses=swapped))
+    _compare(net, x)
+    assert sums[-1][1] == [11]
+
+
 @pytest.mark.parametrize("factor", [torch.nan, torch.inf])
 def test_a_row_that_is_not_finite_is_found(factor: float, sums: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     function, make, shape = LAYERS["linear"]

@@ -5,12 +5,14 @@ parameters, the sum of the entries of a sample's gradient is ``sum_p g_p f(x; 1)
 of the time of the layer, because all output channels of ``f(x; 1)`` are equal.
 
 If sums and L2 norms are not wanted, a second table has them too, and must agree with the first one.
+
+The gradients of a sample's logits under cross-entropy add up to zero, and so do those before a layer norm. Such a sum is zero for
+wrong rows too. So these calls are compared with other weights (`passes/weighted_sums.py`).
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -19,10 +21,12 @@ from torch import Tensor
 from lightning_gradmetrics.engine.passes.agreement import are_close
 from lightning_gradmetrics.engine.passes.gather import MomentTable
 from lightning_gradmetrics.engine.passes.plan import Source
+from lightning_gradmetrics.engine.passes.weighted_sums import WeightedSums
 from lightning_gradmetrics.engine.rules import Call, Rule
+from lightning_gradmetrics.engine.rules.sums import sums_of
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.engine.uses import Use
-from lightning_gradmetrics.gradients.precision import at_least_float32, rounding
+from lightning_gradmetrics.gradients.precision import rounding
 from lightning_gradmetrics.gradients.scaling import rescaled_rows
 from lightning_gradmetrics.gradients.statistics import Moment
 
@@ -47,19 +51,21 @@ class RowSums:
     """
 
     def __init__(self, task: Task) -> None:
-        self._task, self._second = task, _second_table(task)
+        self._task = task
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin without any sums."""
+        self._second, self._weighted = _second_table(self._task), WeightedSums(self._task)
         self._sums: list[dict[str, Tensor]] = []
         self._undo: list[Tensor] = []
         self._unknown: set[str] = set()
-
-    def clear(self) -> None:
-        """Delete all sums."""
-        self._sums, self._undo, self._unknown, self._second = [], [], set(), _second_table(self._task)
 
     def begin(self, objective: int, undo: Tensor) -> None:
         """Begin an objective; multiplying by ``undo`` ``(N,)`` removes the scale of its gradients."""
         self._sums.append({})
         self._undo.append(undo)
+        self._weighted.begin(undo)
         if self._second is not None:
             self._second.begin(objective, undo)
 
@@ -76,7 +82,8 @@ class RowSums:
         return both
 
     def finish(self) -> None:
-        """Compute the moments of the second table."""
+        """Compute the moments of the other tables."""
+        self._weighted.finish()
         if self._second is not None:
             self._second.finish()
 
@@ -89,7 +96,8 @@ class RowSums:
             slots: The source of each of its arguments whose gradient is wanted.
             g: The gradient of its output, in the form that the rule takes.
         """
-        sums = {} if g.is_complex() else _sums(rule, call, g)
+        sums = {} if g.is_complex() else sums_of(rule, call, g)
+        self._weighted.add(rule, call, slots, g, sums)
         for slot, source in slots.items():
             if not isinstance(source, str):
                 continue  # a derived tensor, whose parameters are in no sum
@@ -105,34 +113,49 @@ class RowSums:
 
     def differing(self, table: MomentTable) -> list[int]:
         """Return the numbers of the samples for which a sum or a moment in a table is another one, the largest difference first."""
-        compared = table if self._second is None else self._second
+        compared, weighted = table if self._second is None else self._second, self._weighted
+        known = [name for name in compared.task.parameters if name not in self._unknown]
         worst = torch.zeros(self._task.size, dtype=torch.float64)
-        for objective in range(len(self._sums)):
-            worst = torch.maximum(worst, self._relative_errors(compared, objective))
+        for objective, (undo, sums) in enumerate(zip(self._undo, self._sums, strict=True)):
+            errors = [_relative_errors(compared, objective, sums, undo, known)]
+            other, other_sums = weighted.tables[objective], weighted.sums[objective]
+            if other is not None:
+                errors.append(_relative_errors(other, 0, other_sums, undo, other_sums))
+            worst = torch.stack([worst, *errors]).amax(0)
             if compared is not table:
                 worst[~_agree(table, compared, objective)] = torch.inf
         wrong = (worst > 1).nonzero().flatten()
         numbers: list[int] = wrong[worst[wrong].argsort(descending=True)].tolist()
         return numbers
 
-    def _relative_errors(self, table: MomentTable, objective: int) -> Tensor:
-        """Return the largest difference of each sample's sums from those in a table, in units of what is allowed, ``(N,)``."""
-        sums, parameters = self._sums[objective], table.task.parameters
-        names = [name for name in parameters if name in sums and name not in self._unknown]
-        if not names or not table.task.wanted >= _COMPARED:
-            return torch.zeros(self._task.size, dtype=torch.float64)
-        moments = table.of_samples(slice(0, self._task.size), names, objective)
-        entries = _entries(table.task, names)
-        allowed = entries.new_tensor([FRACTION * rounding(parameters[name]) for name in names])
-        norms = _wide(moments[2.0]).sqrt()
-        norms = norms + LEVEL * norms.amax(1, keepdim=True)
-        expected = torch.stack([sums[name].double().cpu() for name in names], 1)
-        expected = rescaled_rows(expected, self._undo[objective].cpu())
-        found = _wide(moments["sum"])
-        error = (found - expected).abs()
-        relative = error / (allowed * entries.sqrt() * norms + torch.finfo(torch.float64).tiny)
-        relative = relative.where(found.isfinite(), torch.inf)  # a comparison with NaN finds nothing
-        return relative.where(expected.isfinite(), 0.0).amax(1)
+
+def _relative_errors(
+    table: MomentTable, objective: int, sums: Mapping[str, Tensor], undo: Tensor, known: Collection[str]
+) -> Tensor:
+    """Return the largest difference of each sample's sums from those in a table, in units of what is allowed, ``(N,)``.
+
+    Args:
+        table: The table.
+        objective: The number of the objective.
+        sums: The sums by parameter, ``(N,)`` each.
+        undo: The factors ``(N,)`` that remove the scale of the gradients.
+        known: The parameters to compare.
+    """
+    task, size = table.task, table.task.size
+    names = [name for name in task.parameters if name in sums and name in known]
+    if not names or not task.wanted >= _COMPARED:
+        return torch.zeros(size, dtype=torch.float64)
+    moments = table.of_samples(slice(0, size), names, objective)
+    entries = _entries(task, names)
+    allowed = entries.new_tensor([FRACTION * rounding(task.parameters[name]) for name in names])
+    norms = _wide(moments[2.0]).sqrt()
+    norms = norms + LEVEL * norms.amax(1, keepdim=True)
+    expected = rescaled_rows(torch.stack([sums[name].double().cpu() for name in names], 1), undo.cpu())
+    found = _wide(moments["sum"])
+    error = (found - expected).abs()
+    relative = error / (allowed * entries.sqrt() * norms + torch.finfo(torch.float64).tiny)
+    relative = relative.where(found.isfinite(), torch.inf)  # a comparison with NaN finds nothing
+    return relative.where(expected.isfinite(), 0.0).amax(1)
 
 
 def _second_table(task: Task) -> MomentTable | None:
@@ -165,33 +188,6 @@ def _agree(table: MomentTable, second: MomentTable, objective: int) -> Tensor:
 def _wide(moment: Tensor) -> Tensor:
     """Return a moment of real parameters on the CPU in float64; the table is complex if other parameters are."""
     return (moment.real if moment.is_complex() else moment).double().cpu()
-
-
-def _sums(rule: Rule, call: Call, g: Tensor) -> dict[str, Tensor]:
-    """Return the sums of the gradients of a call, ``(N,)`` by slot; slots for which they are unknown are left out."""
-    if rule.sums is not None:
-        return rule.sums(call, g)
-    sums: dict[str, Tensor] = {}
-    for slot in call.slots if rule.function is not None else ():
-        slope = _slope(rule, call, slot)
-        if slope is not None:
-            sums[slot] = (call.out.split(slope).reshape(g.shape) * g).flatten(1).sum(1)
-    return sums
-
-
-def _slope(rule: Rule, call: Call, slot: str) -> Tensor | None:
-    """Return how a call's output changes if all entries of one parameter grow by one; ``None`` if it is not linear in it."""
-    values = {**call.values}
-    given = list(itertools.takewhile(values.__contains__, rule.arguments))
-    others = [name for name in rule.arguments[len(given) :] if name in values]
-    outputs: list[Tensor] = []
-    for step in (-1, 0, 1):
-        values[slot] = call.values[slot] + step
-        result = rule.function(*map(values.__getitem__, given), **{name: values[name] for name in others})
-        outputs.append(at_least_float32(result))
-    before, after = outputs[1] - outputs[0], outputs[2] - outputs[1]
-    is_linear = bool((after - before).abs().amax() <= rounding(after) * after.abs().amax())
-    return after if is_linear else None
 
 
 LEVEL = 1e-3

@@ -6,6 +6,7 @@ are left out.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_gradmetrics.engine.kernels import position_sums
-from lightning_gradmetrics.engine.rules.base import Call
-from lightning_gradmetrics.gradients.precision import at_least_float32
+from lightning_gradmetrics.engine.rules.base import Call, Rule
+from lightning_gradmetrics.gradients.precision import at_least_float32, rounding
 
 __all__ = [
     "of_batch_norm",
@@ -25,6 +26,7 @@ __all__ = [
     "of_norm",
     "of_product",
     "of_transposed_convolution",
+    "sums_of",
     "window_sums",
 ]
 
@@ -102,14 +104,15 @@ _OPTIONS = ("stride", "padding", "output_padding", "dilation")
 def _of_convolution(call: Call, g: Tensor, functions: tuple[Any, ...], factors: Tensor | None) -> dict[str, Tensor]:
     groups, kernel = call.get("groups", 1), call.shape("weight")[2:]
     x = call.x
-    size, inputs = len(x), _sum_of_groups(at_least_float32(x).flatten(0, 1), groups, None)
-    outputs = _sum_of_groups(g, groups, factors)
-    options = {name: call.values[name] for name in _OPTIONS if name in call.values}
-    if _is_pointwise(kernel, options):
-        products = inputs * outputs
-    else:
-        products = window_sums(functions[len(kernel) - 1], inputs, kernel, options).mul_(outputs)
-    sums = {"weight": _per_sample(products).reshape(size, -1).sum(1)}
+    size, outputs, sums = len(x), _sum_of_groups(g, groups, factors), {}
+    if "weight" in call.slots:
+        inputs = _sum_of_groups(at_least_float32(x).flatten(0, 1), groups, None)
+        options = {name: call.values[name] for name in _OPTIONS if name in call.values}
+        if _is_pointwise(kernel, options):
+            products = inputs * outputs
+        else:
+            products = window_sums(functions[len(kernel) - 1], inputs, kernel, options).mul_(outputs)
+        sums["weight"] = _per_sample(products).reshape(size, -1).sum(1)
     if "bias" in call.slots:
         sums["bias"] = _per_sample(outputs).reshape(size, -1).sum(1)
     return sums
@@ -167,3 +170,39 @@ def _over_channels(tensor: Tensor, factors: Tensor) -> Tensor:
     if tensor.ndim == 2 or not tensor.is_contiguous():
         return (tensor.movedim(1, -1) @ factors).unsqueeze(1)
     return (factors @ tensor.flatten(2)).reshape(len(tensor), 1, *tensor.shape[2:])
+
+
+def sums_of(rule: Rule, call: Call, g: Tensor) -> dict[str, Tensor]:
+    """Return the sums of the entries of each sample's gradient for any rule; without a formula, by the function itself.
+
+    Args:
+        rule: The rule.
+        call: The call.
+        g: The gradient of its output, in the form that the rule takes.
+
+    Returns:
+        The sums ``(N,)`` by slot; slots for which they are unknown are left out.
+    """
+    if rule.sums is not None:
+        return rule.sums(call, g)
+    sums: dict[str, Tensor] = {}
+    for slot in call.slots if rule.function is not None else ():
+        slope = _slope(rule, call, slot)
+        if slope is not None:
+            sums[slot] = (call.out.split(slope).reshape(g.shape) * g).flatten(1).sum(1)
+    return sums
+
+
+def _slope(rule: Rule, call: Call, slot: str) -> Tensor | None:
+    """Return how a call's output changes if all entries of one parameter grow by one; ``None`` if it is not linear in it."""
+    values = {**call.values}
+    given = list(itertools.takewhile(values.__contains__, rule.arguments))
+    others = [name for name in rule.arguments[len(given) :] if name in values]
+    outputs: list[Tensor] = []
+    for step in (-1, 0, 1):
+        values[slot] = call.values[slot] + step
+        result = rule.function(*map(values.__getitem__, given), **{name: values[name] for name in others})
+        outputs.append(at_least_float32(result))
+    before, after = outputs[1] - outputs[0], outputs[2] - outputs[1]
+    is_linear = bool((after - before).abs().amax() <= rounding(after) * after.abs().amax())
+    return after if is_linear else None
