@@ -9,8 +9,9 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+import lightning_gradmetrics as lgm
 from lightning_gradmetrics.compat.gradient_metrics import metrics as ours
 from lightning_gradmetrics.compat.gradient_metrics import watching
 from lightning_gradmetrics.compat.gradient_metrics.collector import GradientMetricCollector
@@ -33,6 +34,28 @@ def test_frozen_layers_have_the_same_metrics(frozen):
     found = build(ours, GradientMetricCollector, model, layers_of(model))(losses_of(model, x))
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8, check_dtype=False)
     assert [p.requires_grad for p in model.parameters()] == [i not in frozen for i in (0, 0, 2, 2)]
+
+
+class Pausing(nn.Module):
+    """Uses a layer without gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            scale = self.body(x)
+        return self.head(self.stem(x) * scale)
+
+
+def test_gradients_of_the_user_stay_where_a_layer_is_used_without_gradients() -> None:
+    model, x = Pausing().double(), torch.randn(5, 4, dtype=torch.float64)
+    collector = GradientMetricCollector(ours.PNorm(model, p=2))
+    expected = lgm.gradient_statistics(model, x, "pseudo_label", engine="reference").norm(2)
+    for _ in range(3):
+        torch.testing.assert_close(collector(losses_of(model, x))[:, 0], expected, check_dtype=False)
+        assert all(parameter.grad is None for parameter in model.parameters())
 
 
 class Unused(nn.Module):

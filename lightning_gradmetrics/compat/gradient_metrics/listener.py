@@ -46,6 +46,8 @@ class Listener(Tracer):
         size: The number of samples.
     """
 
+    may_reenter = False
+
     def __init__(self, module_plan: ModulePlan, parameters: Mapping[str, Tensor], size: int) -> None:
         assert module_plan.plan is not None
         super().__init__(module_plan.plan, parameters, size, self._drop)
@@ -108,11 +110,6 @@ class Listener(Tracer):
             for name in list(self._pending):
                 self._finish(name)
 
-    @property
-    def reenters(self) -> bool:
-        """Whether reentrant activation checkpoints start nested backward passes."""
-        return bool(self._delayed)
-
 
 HEARD: WeakSet[Listener] = WeakSet()
 """The listeners of forward passes whose graphs still exist."""
@@ -129,7 +126,7 @@ def listen(
     for listener in listeners:
         if listener.broken:
             raise PlanError(listener.broken)
-    if len(listeners) == 1 or _any_reenters(listeners) or _share_parameters(listeners):
+    if len(listeners) == 1 or _share_parameters(listeners):
         for number, (listener, sink) in enumerate(zip(listeners, sinks, strict=True)):
             _listen_alone(losses, listener, sink, retain_graph or number < len(listeners) - 1)
     else:
@@ -137,10 +134,6 @@ def listen(
     for listener in listeners:
         if not listener.heard:
             raise PlanError("the losses do not come from the last forward pass")
-
-
-def _any_reenters(listeners: Sequence[Listener]) -> bool:
-    return any(listener.reenters for listener in listeners)
 
 
 def _share_parameters(listeners: Sequence[Listener]) -> bool:

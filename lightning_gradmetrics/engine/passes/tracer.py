@@ -333,7 +333,7 @@ class Tracer(TracerState):
         intercepted = self if self._recomputes or self._delayed else nullcontext()
         try:
             with intercepted, torch.autograd.set_multithreading_enabled(False):
-                if total.requires_grad and delayed:
+                if total.requires_grad and delayed and self.may_reenter:
                     opened(torch.autograd.backward)(total, gradient, retain_graph=not last)
                 elif total.requires_grad:
                     gradients_at(total, [self.anchor], gradient, not last)

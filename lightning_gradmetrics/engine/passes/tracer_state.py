@@ -32,6 +32,9 @@ class TracerState(OpeningMode):
         size: The number of samples.
     """
 
+    may_reenter = True
+    """Whether reentrant activation checkpoints may start nested backward passes, which need a backward pass that adds to ``.grad``."""
+
     def __init__(self, plan: Plan, parameters: Mapping[str, Tensor], size: int) -> None:
         super().__init__()
         self.plan, self.parameters, self.size = plan, parameters, size
