@@ -10,6 +10,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import lightning_gradmetrics as lgm
 from lightning_gradmetrics.compat.gradient_metrics import metrics as ours
@@ -56,6 +57,14 @@ def test_gradients_of_the_user_stay_where_a_layer_is_used_without_gradients() ->
     for _ in range(3):
         torch.testing.assert_close(collector(losses_of(model, x))[:, 0], expected, check_dtype=False)
         assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_layer_that_is_first_planned_inside_a_checkpoint_leaves_it_valid() -> None:
+    layer, head, x = nn.Linear(4, 4), nn.Linear(4, 3), torch.randn(5, 4, requires_grad=True)
+    collector = GradientMetricCollector(ours.PNorm(layer, p=2))
+    losses = losses_of(lambda batch: head(checkpoint(layer, batch, use_reentrant=False).tanh()), x)
+    losses.sum().backward(retain_graph=True)
+    assert collector(losses).shape == (5, 1) and layer.weight.grad is not None
 
 
 class Unused(nn.Module):

@@ -17,6 +17,7 @@ from lightning_gradmetrics.compat.gradient_metrics.listener import HEARD, Listen
 from lightning_gradmetrics.compat.gradient_metrics.ownership import mark_outputs
 from lightning_gradmetrics.compat.gradient_metrics.planning import SCRIPTED, ModulePlan, plan_module, samples_in
 from lightning_gradmetrics.engine.tracing.calls import OpeningMode, tensors_in
+from lightning_gradmetrics.engine.tracing.graph import without_storing_hooks
 from lightning_gradmetrics.engine.tracing.model_state import attribute_key
 
 __all__ = ["Watch"]
@@ -160,7 +161,8 @@ def _plan(module: nn.Module, args: Any, kwargs: Any, parameters: Mapping[str, nn
         return known[key]
     _current.planning = True
     try:
-        plan = plan_module(module, args, kwargs, parameters)
+        with without_storing_hooks():
+            plan = plan_module(module, args, kwargs, parameters)
     except Exception as error:  # an error in a trial run must not disturb the user's forward pass
         return ModulePlan(None, reason=f"{type(error).__name__}: {error}")
     finally:

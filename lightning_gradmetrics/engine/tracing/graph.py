@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ __all__ = [
     "runs_users_code",
     "saves_through_hooks",
     "storing_hooks",
+    "without_storing_hooks",
 ]
 
 
@@ -182,3 +184,17 @@ storing_hooks: Callable[[bool], tuple[Any, Any] | None] = torch._C._autograd._to
 def saves_through_hooks() -> bool:
     """Return whether hooks decide what autograd stores."""
     return storing_hooks(True) is not None
+
+
+@contextmanager
+def without_storing_hooks() -> Iterator[None]:
+    """Let autograd store tensors itself inside the block, so that a checkpoint around it does not count them."""
+    removed: list[tuple[Any, Any]] = []
+    while (hooks := storing_hooks(True)) is not None:
+        removed.append(hooks)
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        for pack, unpack in reversed(removed):
+            torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
