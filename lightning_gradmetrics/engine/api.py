@@ -29,12 +29,14 @@ from lightning_gradmetrics.classifier.sample_axis import SampleAxis, samples_fir
 from lightning_gradmetrics.engine.arguments import check_arguments, checked_targets, detached
 from lightning_gradmetrics.engine.auto import auto_moments
 from lightning_gradmetrics.engine.checks.no_gradient import check_gradients
+from lightning_gradmetrics.engine.checks.other_generators import check_repeated_passes, watching_generators
 from lightning_gradmetrics.engine.compilation.stance import eager
 from lightning_gradmetrics.engine.functional import functional_moments
 from lightning_gradmetrics.engine.inputs.cached_tensors import without_cached_tensors
-from lightning_gradmetrics.engine.inputs.shared_inputs import check_rows, with_sample_axes
+from lightning_gradmetrics.engine.inputs.shared_inputs import with_sample_axes
 from lightning_gradmetrics.engine.reference import reference_moments
 from lightning_gradmetrics.engine.task import Task
+from lightning_gradmetrics.engine.tracing.model_state import ForwardState
 from lightning_gradmetrics.gradients.objectives import Loss, Objective
 from lightning_gradmetrics.gradients.statistics import (
     STATISTICS,
@@ -226,12 +228,20 @@ def gradient_statistics(  # type: ignore[misc]
         _started_ahead(model, inputs, targets) if engine == "compiled" and sample_axis == 0 else nullcontext(),
         _task(model, inputs, objectives, parameters, targets, logits, *options) as task,
     ):
-        if engine not in ("auto", "compiled"):
-            check_rows(task)
-        moments = ENGINES[engine](task)
+        moments = ENGINES[engine](task) if engine in ("auto", "compiled") else _checked_moments(engine, task)
         check_gradients(task, moments)
     results = [_result(task.parameters, m, per_parameter) for m in moments]
     return results[0] if single else results
+
+
+def _checked_moments(engine: str, task: Task) -> list[Moments]:
+    """Return the moments by an engine without checks; a model whose logits differ in a second pass is refused."""
+    if not task.size:
+        return ENGINES[engine](task)
+    state = ForwardState(task.model)
+    check_repeated_passes(task, state)
+    with watching_generators(task, state):
+        return ENGINES[engine](task)
 
 
 def _guarded(

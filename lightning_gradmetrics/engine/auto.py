@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from contextlib import nullcontext
 from weakref import WeakKeyDictionary
 
 import torch
@@ -11,6 +12,7 @@ from torch.overrides import _get_current_function_mode_stack
 
 from lightning_gradmetrics.engine.checks.batch_checks import BatchChecks
 from lightning_gradmetrics.engine.checks.guards import compare_alone
+from lightning_gradmetrics.engine.checks.other_generators import check_few_samples, watching_generators
 from lightning_gradmetrics.engine.checks.sample_check import (
     check_draw,
     check_reader_paths,
@@ -24,7 +26,12 @@ from lightning_gradmetrics.engine.passes.strategy import EVERY_SAMPLE, Strategy,
 from lightning_gradmetrics.engine.planned_batch import GRADIENTS_IF_UNPROVEN, fill_by_plan
 from lightning_gradmetrics.engine.planning.garbage import without_collections
 from lightning_gradmetrics.engine.planning.verification import make_strategy
-from lightning_gradmetrics.engine.refusals import REFUSALS, not_reproducible, raise_if_out_of_memory
+from lightning_gradmetrics.engine.refusals import (
+    REFUSALS,
+    CoupledSamplesError,
+    not_reproducible,
+    raise_if_out_of_memory,
+)
 from lightning_gradmetrics.engine.task import Task, empty_moments
 from lightning_gradmetrics.engine.tracing.attribute_reads import reading_attributes
 from lightning_gradmetrics.engine.tracing.model_state import ForwardState, attribute_key, note_read
@@ -47,8 +54,12 @@ def auto_moments(task: Task) -> list[Moments]:
     """Return the moments ``(N, P)`` of each objective's gradient, each computed in the fastest verified way."""
     if not task.size:
         return empty_moments(task)
-    moments = _by_assumption(task)
-    return _by_strategy(task.decided()) if moments is None else moments
+    try:
+        moments = _by_assumption(task)
+        return _by_strategy(task.decided()) if moments is None else moments
+    except CoupledSamplesError:  # which different random numbers look like
+        check_few_samples(task)
+        raise
 
 
 def _by_assumption(task: Task) -> list[Moments] | None:
@@ -209,20 +220,22 @@ def _moments(task: Task, strategy: Strategy, state: ForwardState) -> list[Moment
         if start:
             state.restore_attributes()
         table = MomentTable(task if step >= task.size else task.rows(start, start + step))
-        _fill(table, strategy, state)
+        checks = BatchChecks(table.task, strategy, state)
+        with watching_generators(table.task, state) if checks.is_new else nullcontext():
+            _fill(table, strategy, checks, state)
         parts.append(table)
     if strategy.random:
         warn_random(task.model)
     return MomentTable.join(parts)
 
 
-def _fill(table: MomentTable, strategy: Strategy, state: ForwardState) -> None:
+def _fill(table: MomentTable, strategy: Strategy, checks: BatchChecks, state: ForwardState) -> None:
     """Fill a table: the fast parameters, then the others.
 
     Raises:
         PlanError: If the model does not follow the strategy's plan.
     """
-    task, checks = table.task, BatchChecks(table.task, strategy, state)
+    task = table.task
     slow = dict(strategy.slow)
     if strategy.plan is not None and strategy.fast:
         fill_by_plan(table, strategy, checks, state)

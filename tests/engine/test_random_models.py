@@ -130,12 +130,48 @@ SOURCES = {
 }
 
 
+@pytest.mark.parametrize("engine", ["auto", "vmap", "reference"])
 @pytest.mark.parametrize("name", SOURCES)
-def test_random_numbers_that_cannot_be_repeated_are_refused(name: str) -> None:
+def test_random_numbers_that_cannot_be_repeated_are_refused(name: str, engine: str) -> None:
     model = Net(SOURCES[name]).double().eval()
     model.generator = torch.Generator()
     with pytest.raises(NotReproducibleError, match="torch's default generators"):
-        gradient_statistics(model, numbers(4, WIDTH), "pseudo_label")
+        gradient_statistics(model, numbers(4, WIDTH), "pseudo_label", engine=engine)
+
+
+BRANCHES = {
+    "numpy": lambda net: np.random.rand(),  # noqa: NPY002
+    "random": lambda net: random.random(),
+    "a separate generator": lambda net: net.generator.random(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:no fast rule")
+@pytest.mark.parametrize("engine", ["auto", "vmap", "reference"])
+@pytest.mark.parametrize("name", BRANCHES)
+def test_branches_that_a_number_chooses_are_refused_whichever_is_drawn(name: str, engine: str) -> None:
+    """A few passes often take the same branch."""
+    draw = BRANCHES[name]
+    for seed in range(4):
+        model = Net(lambda net, x: net.head(torch.tanh(net.a(x)) * (2 if draw(net) < 0.5 else 1))).double().eval()
+        model.generator = np.random.default_rng(seed)
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        with pytest.raises(NotReproducibleError, match="torch's default generators"):
+            gradient_statistics(model, numbers(4, WIDTH), "pseudo_label", engine=engine)
+
+
+@pytest.mark.parametrize("engine", ["auto", "vmap", "reference"])
+@pytest.mark.parametrize("name", BRANCHES)
+def test_numbers_without_an_effect_are_reported_once(name: str, engine: str) -> None:
+    """Some models draw for each layer whether to drop it, and use the number in training only."""
+    draw = BRANCHES[name]
+    model = Net(lambda net, x: net.head(torch.tanh(net.a(x)) * (2 if draw(net) < 0 else 1))).double().eval()
+    model.generator, x = np.random.default_rng(0), numbers(6, WIDTH)
+    with pytest.warns(UserWarning, match="random numbers were drawn from .* in a forward pass of Net"):
+        found = gradient_statistics(model, x, "pseudo_label", engine=engine)
+    again = gradient_statistics(model, x, "pseudo_label", engine=engine)
+    torch.testing.assert_close(again.moments, found.moments)
 
 
 def test_one_warning_says_that_the_gradients_are_those_of_one_draw() -> None:

@@ -17,7 +17,7 @@ from lightning_gradmetrics.engine.refusals import SampleAxisError, ambiguous_inp
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.engine.tracing.model_state import ForwardState
 
-__all__ = ["SampleForward", "check_rows", "sample_flags", "with_sample_axes"]
+__all__ = ["SampleForward", "sample_flags", "with_sample_axes"]
 
 SampleForward = Callable[["Sequence[int] | None", Sequence[bool]], Tensor]
 """Returns the logits of some samples (``None`` for all), given which tensors have one row per sample."""
@@ -153,16 +153,6 @@ def _note_other_length(known: dict[int, _Known], number: int) -> None:
     entry = known.get(number)
     had_samples = entry is not None and entry.has_samples and entry.equal_at in (EVERY_SIZE, NO_SIZE)
     known[number] = _Known(had_samples, NO_SIZE if had_samples else EVERY_SIZE)
-
-
-def check_rows(task: Task) -> None:
-    """Refuse a model whose logits for the batch do not have one row per sample.
-
-    Raises:
-        SampleAxisError: If the rows are not the samples.
-    """
-    if task.size:
-        _logits(task)
 
 
 def _decided(
