@@ -53,11 +53,20 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
     The model receives copies of the tensors, so in-place operations do not change the caller's tensors.
 
     Raises:
+        TypeError: If a list of tensors has more entries than the model has arguments.
         ValueError: If the model fails because of the type of the inputs, or of ids outside an embedding.
     """
     try:
         with first_pass_watched(model):
             return _called(model, inputs)
+    except TypeError as error:
+        if isinstance(inputs, (Tensor, Mapping)) or len(inputs) < 2 or "positional argument" not in str(error):
+            raise
+        raise TypeError(
+            f"{type(model).__name__} cannot be called with a list of {len(inputs)} inputs: the entries of a list are the arguments of "
+            "its forward, and samples are along the first axis of each tensor. If the entries are samples, stack them, as in "
+            f"torch.stack(images) ({error})"
+        ) from error
     except (IndexError, RuntimeError) as error:
         is_about_values = isinstance(error, IndexError) or "type" in str(error)
         words = " ".join(str(error).split())

@@ -11,6 +11,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import CheckpointError
 
 from lightning_gradmetrics.classifier.forward import (
     Inputs,
@@ -35,6 +36,7 @@ from lightning_gradmetrics.engine.functional import functional_moments
 from lightning_gradmetrics.engine.inputs.cached_tensors import without_cached_tensors
 from lightning_gradmetrics.engine.inputs.shared_inputs import with_sample_axes
 from lightning_gradmetrics.engine.reference import reference_moments
+from lightning_gradmetrics.engine.refusals import checkpoint_differs
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.engine.tracing.model_state import ForwardState
 from lightning_gradmetrics.gradients.objectives import Loss, Objective
@@ -228,7 +230,10 @@ def gradient_statistics(  # type: ignore[misc]
         _started_ahead(model, inputs, targets) if engine == "compiled" and sample_axis == 0 else nullcontext(),
         _task(model, inputs, objectives, parameters, targets, logits, *options) as task,
     ):
-        moments = ENGINES[engine](task) if engine in ("auto", "compiled") else _checked_moments(engine, task)
+        try:
+            moments = ENGINES[engine](task) if engine in ("auto", "compiled") else _checked_moments(engine, task)
+        except CheckpointError as error:
+            raise checkpoint_differs(model, error) from error
         check_gradients(task, moments)
     results = [_result(task.parameters, m, per_parameter) for m in moments]
     return results[0] if single else results

@@ -12,9 +12,11 @@ __all__ = [
     "NotReproducibleError",
     "SampleAxisError",
     "ambiguous_inputs",
+    "checkpoint_differs",
     "coupled_model",
     "coupled_objective",
     "list_as_long_as_the_batch",
+    "list_of_samples",
     "no_gradient",
     "no_gradient_of_loss",
     "no_real_logits",
@@ -70,6 +72,16 @@ def not_reproducible(model: object) -> NotReproducibleError:
         f"{type(model).__name__} returns different logits for the same inputs, with torch's random number generators in the same "
         "state, so its gradients are not defined. Draw random numbers from torch's default generators and not from numpy, random "
         "or a separate generator; keep no other state between calls; or make the forward pass deterministic"
+    )
+
+
+def checkpoint_differs(model: object, error: Exception) -> NotReproducibleError:
+    """Return the error for a model whose activation checkpoint repeats its forward pass with other tensors."""
+    reason = " ".join(str(error).split())
+    return NotReproducibleError(
+        f"an activation checkpoint of {type(model).__name__} repeats its part of the forward pass with other tensors in the backward "
+        "pass, so the gradients are not defined. The part must depend on its inputs and parameters only, and not on counters, "
+        f"caches or requires_grad; or turn checkpoints off ({reason[:200]})"
     )
 
 
@@ -145,6 +157,15 @@ def list_as_long_as_the_batch(kind: str, samples: int) -> SampleAxisError:
     return SampleAxisError(
         f"an input is a {kind} of {samples} entries, as long as the batch, and the model returns different logits in parts of "
         "the batch: only tensors are split into samples. Pass it as a tensor with the samples on its first axis"
+    )
+
+
+def list_of_samples(samples: int) -> SampleAxisError:
+    """Return the error for an input that is a list with the tensor of each sample."""
+    return SampleAxisError(
+        f"an input is a list of {samples} tensors, one for each row of the logits, but the samples must be along the first axis of each "
+        "tensor. Stack them, as in torch.stack(images), or pad tensors of different shapes to one shape; if the model needs a list, wrap "
+        "it in a module whose forward takes the stacked tensor and unbinds it"
     )
 
 

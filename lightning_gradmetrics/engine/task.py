@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ from lightning_gradmetrics.classifier.one_sample import contiguous_batch_norm_gr
 from lightning_gradmetrics.classifier.preservation import ModelRecord
 from lightning_gradmetrics.classifier.tensor_records import version_of
 from lightning_gradmetrics.engine.kernels import class_residuals
-from lightning_gradmetrics.engine.refusals import no_gradient, no_real_logits, rows_not_samples
+from lightning_gradmetrics.engine.refusals import list_of_samples, no_gradient, no_real_logits, rows_not_samples
 from lightning_gradmetrics.engine.uses import merge_rows
 from lightning_gradmetrics.gradients.objectives import Loss, Objective
 from lightning_gradmetrics.gradients.scaling import unit_gradient, unit_losses
@@ -159,7 +160,8 @@ class Task:
             if logits.is_inference() or not logits.is_floating_point():
                 raise no_gradient(self.model) if logits.is_inference() else no_real_logits(logits.dtype)
         if len(shape) != 2 or shape[0] != size:
-            raise rows_not_samples(shape, size)
+            is_listed = len(shape) == 2 and _has_list(inputs, shape[0])
+            raise list_of_samples(shape[0]) if is_listed else rows_not_samples(shape, size)
         return logits
 
     def loss(self, index: int, logits: Tensor) -> Tensor:
@@ -187,6 +189,16 @@ class Task:
     def unit_losses(self, index: int, logits: Tensor, only_tiny: bool = False) -> tuple[Tensor, Tensor]:
         """Return losses ``(N,)`` whose gradients are scaled by a power of two per sample, and the factors that undo it."""
         return unit_losses(self.losses[index](self.targets), logits, only_tiny)
+
+
+def _has_list(inputs: Any, count: int) -> bool:
+    """Return whether the inputs contain a list of as many tensors."""
+    if isinstance(inputs, Mapping):
+        return any(map(partial(_has_list, count=count), inputs.values()))
+    if not isinstance(inputs, (list, tuple)):
+        return False
+    are_tensors = [isinstance(value, Tensor) for value in inputs]
+    return (len(are_tensors) == count and all(are_tensors)) or any(map(partial(_has_list, count=count), inputs))
 
 
 def _rows(tensor: Tensor, index: slice | list[int]) -> Tensor:

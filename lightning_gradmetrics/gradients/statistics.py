@@ -342,11 +342,13 @@ class GradientStatistics:
         The result is at least :data:`SPREAD` times the root mean square of the entries. This floor is below rounding and
         keeps the standard deviation of equal entries, and of a single entry, above zero. It is relative because
         confident samples have small gradients; with a constant floor they would all have the same standard deviation. A
-        zero gradient has the standard deviation ``SPREAD``.
+        zero gradient has the standard deviation ``SPREAD``. Where the sum of squares overflows, it is infinite, as the L2 norm is.
         """
         total, square = self._moment("sum", "std"), self._moment(2.0, "std")
         count = self.count.to(total.device)
-        variance = (square - total * total / count).clamp(min=0) / (count - 1).clamp(min=1)
+        # The square of the total may overflow where the sum of squares does not.
+        variance = (square - total / count * total).clamp(min=0) / (count - 1).clamp(min=1)
+        variance = torch.where(square.isinf() & total.isfinite(), square, variance)
         size = (square / count).sqrt()
         floor = SPREAD * torch.where(size > 0, size, 1)
         return torch.maximum(variance.sqrt(), floor).to(self.dtype)

@@ -11,12 +11,13 @@ import warnings
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from lightning_gradmetrics.engine import auto, gradient_statistics
 from lightning_gradmetrics.engine.planning import verification
-from lightning_gradmetrics.engine.refusals import CoupledSamplesError, SampleAxisError
+from lightning_gradmetrics.engine.refusals import CoupledSamplesError, NotReproducibleError, SampleAxisError
 from tests.engine.kinds import (
     AXES,
     COUPLED,
@@ -361,3 +362,23 @@ def test_class_numbers_and_parameters_without_values_are_refused():
         gradient_statistics(_Decided(), torch.randn(5, 4), "uniform")
     with pytest.raises(ValueError, match="on the meta device and have no values"):
         gradient_statistics(nn.Linear(4, 3, device="meta"), torch.randn(5, 4), "uniform")
+
+
+class _OtherInBackward(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def _part(self, x: Tensor) -> Tensor:
+        in_backward = torch._C._current_graph_task_id() >= 0
+        return self.body(x) if in_backward else self.body(x).tanh().exp().sin()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(checkpoint(self._part, self.stem(x).tanh(), use_reentrant=False))
+
+
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+def test_a_checkpoint_that_repeats_other_calls_is_named_in_the_error(engine: str) -> None:
+    x = torch.randn(5, 4)
+    with pytest.raises(NotReproducibleError, match="checkpoint of _OtherInBackward repeats"):
+        gradient_statistics(_OtherInBackward(), x, "pseudo_label", engine=engine)

@@ -322,3 +322,24 @@ def test_an_input_that_had_another_length_or_does_not_fit_the_samples_is_shared(
             x = numbers(size, 4, WIDTH) if forward is _positions else numbers(size, WIDTH)
             found = gradient_statistics(model, (x, table), "pseudo_label", per_parameter=True).norm(2)
             torch.testing.assert_close(found, _with_shared(model, x, table))
+
+
+class _Listed(nn.Module):
+    """Takes a list with the image of each sample, as detection models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, images: list[Tensor]) -> Tensor:
+        return self.head(torch.stack(images).flatten(1))
+
+
+@pytest.mark.parametrize("engine", ["auto", "vmap", "reference"])
+def test_lists_of_samples_are_named_in_the_error(engine: str) -> None:
+    images = [torch.randn(2, 2) for _ in range(5)]
+    for inputs in ([images], {"images": images}):
+        with pytest.raises(SampleAxisError, match=r"a list of 5 tensors.* Stack them"):
+            gradient_statistics(_Listed(), inputs, "pseudo_label", engine=engine)
+    with pytest.raises(TypeError, match=r"a list of 5 inputs: .* stack them"):
+        gradient_statistics(_Listed(), images, "pseudo_label", engine=engine)

@@ -32,7 +32,7 @@ FEW = 2
 
 @contextmanager
 def watching_generators(task: Task, state: ForwardState) -> Iterator[None]:
-    """Refuse a model that draws from Python's generator, NumPy's or one of its own in this block, if that changes its logits.
+    """Refuse a model that draws from Python's generator, NumPy's or a separate one in this block, if that changes its logits.
 
     If it does not in several passes, such as a number that is drawn and not used, a warning is issued once.
 
