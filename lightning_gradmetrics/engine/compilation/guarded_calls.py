@@ -228,7 +228,7 @@ def guarded_moments(
 
 
 def guard_program(task: Task, state: ProgramState, program: Program, logits: Tensor) -> None:
-    """Let later calls repeat a plan that has run on a batch, while the model is as it is now.
+    """Let later calls repeat a plan that has run on a batch, as long as the model does not change.
 
     Args:
         task: The batch.
