@@ -69,6 +69,24 @@ def _written_and_mixed(net: Any, h: Tensor, size: int) -> Tensor:
     return -rows[0]
 
 
+def _written_row(row: slice) -> Callable[[Any, Tensor, int], Tensor]:
+    """A constant that is one for some places of the batch only."""
+
+    def change(net: Any, h: Tensor, size: int) -> Tensor:
+        rows = torch.zeros(size, 1, dtype=h.dtype)
+        rows[row] = 1
+        return rows * h
+
+    return change
+
+
+def _multiplied_by_heads(net: Any, h: Tensor, size: int) -> Tensor:
+    """The rows of a table are ordered by sample, those of the features by head."""
+    rows = net.rows[:2, :3].expand(size, 2, 3).reshape(2 * size, 3)
+    by_head = h[:, :6].view(size, 2, 3).transpose(0, 1).reshape(2 * size, 3) * rows
+    return F.pad(by_head.view(2, size, 3).transpose(0, 1).reshape(size, 6), (0, WIDTH - 6))
+
+
 def _halved(net: Any, x: Tensor) -> Tensor:
     h, half = _hidden(net, x), len(x) // 2
     return net.head(torch.cat([h[:half], 2 * h[half:]]))
@@ -93,6 +111,9 @@ COUPLED: dict[str, Callable[..., Tensor]] = {
     "a product of constants over the batch": _added(lambda net, h, n: h * (h.new_ones(1, n) @ h.new_ones(n, 1))),
     "a row written and read by others": _added(_written_and_mixed),
     "the first half of the batch": _halved,
+    "the third sample": _added(_written_row(slice(2, 3))),
+    "all samples from the fourth on": _added(_written_row(slice(3, None))),
+    "heads in another order": _added(_multiplied_by_heads),
     "a scripted function": lambda net, x: net.head(torch.jit.script(_centred_if_large)(_hidden(net, x))),
 }
 """Models whose samples depend on each other, on their place or on their number, at some sizes."""
@@ -107,6 +128,42 @@ def test_models_that_depend_on_the_size_are_refused(name: str) -> None:
         for size in (3, 4, 8):
             batch = numbers(size, WIDTH)
             assert error_of(model, batch) < 1e-8
+
+
+def _by_batch_of_products(net: Any, h: Tensor, size: int) -> Tensor:
+    rows = h.view(size, WIDTH, 1)
+    return torch.baddbmm(h.view(size, 1, WIDTH), rows, rows.transpose(1, 2)).sum(1)
+
+
+def _masked_columns(net: Any, h: Tensor, size: int) -> Tensor:
+    mask = torch.ones(size, WIDTH, dtype=h.dtype)
+    mask[:, :2] = 0
+    return h * mask
+
+
+PROVEN: dict[str, Callable[..., Tensor]] = {
+    "a table repeated by sample": _added(
+        lambda net, h, n: (h[:, :6].reshape(2 * n, 3) * net.rows[:2, :3].repeat(n, 1)).view(n, 6).sum(1, True)
+    ),
+    "features repeated": _added(lambda net, h, n: h[:, None].repeat(1, 3, 1).sum(1)),
+    "a Fourier transform of the features": _added(lambda net, h, n: torch.fft.fft(h).real),
+    "a product of batches and a summand": _added(_by_batch_of_products),
+    "a constant mask of columns": _added(_masked_columns),
+}
+"""Models of which every operation is known to keep the samples apart."""
+
+
+@pytest.mark.parametrize("name", PROVEN)
+def test_constants_for_each_sample_and_batches_of_products_are_proven(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = []
+    monkeypatch.setattr(auto, "make_strategy", lambda *args: planned.append(make_strategy(*args)) or planned[-1])
+    torch.manual_seed(0)
+    model = _Table(PROVEN[name]).double().eval()
+    for size in (3, 5, 8):
+        assert error_of(model, numbers(size, WIDTH)) < 1e-8
+    assert [strategy.sizes is not None for strategy in planned] == [True]
 
 
 SCALES: dict[str, Callable[[Any, Tensor], Any]] = {

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from lightning_gradmetrics.engine.tracing.dependence import SAMPLES, Operation
 from lightning_gradmetrics.engine.tracing.layout_rules import LAYOUT_RULES, aligned
-from lightning_gradmetrics.engine.tracing.layouts import Layout, Step, UnprovenError
+from lightning_gradmetrics.engine.tracing.layouts import Layout, Shape, Step, UnprovenError
 
 __all__ = ["layouts_apart"]
 
@@ -66,10 +66,8 @@ _CHOOSING = frozenset(
 )
 """Operations whose results are some entries of their argument, in the same order."""
 
-_UNIFORM = _CHOOSING.union(
-    ["expand", "transpose", "t", "permute", "embedding", "gather", "mm", "addmm", "linear", "lift_fresh"]
-)
-"""Operations whose results are the same for all samples if their arguments are."""
+_MOVING = _CHOOSING.union(["expand", "repeat", "transpose", "t", "permute", "lift_fresh"])
+"""Operations whose results are entries of their argument."""
 
 _SHAPE_ARGUMENTS = frozenset(["size", "shape", "sizes", "split_sizes", "repeats", "stride"])
 """Arguments that may depend on the number of samples; the shapes of the results show whether they grow as they must."""
@@ -81,19 +79,27 @@ class _Proof:
 
     Args:
         layouts: Where the samples are.
-        uniform: Tensors that are the same for all samples.
+        repeated: Constants that are repeated for each sample, and where.
+        uniform: Constants of the same shape for every number of samples, and tensors with equal entries.
+        filled: Tensors whose shape grows with the number of samples, and whose entries are all equal.
         numbers: Numbers that are computed from all samples.
         sized: Tensors whose values may depend on the number of samples or on the place of a sample.
         counting: Tensors that contain ``0, 1, ..., N - 1``.
         written: Memory that other tensors were written into.
+        spread: Memory of constants whose shape grows with the number of samples.
+        uneven: Memory of such constants that was changed in place, in the same way for each sample.
     """
 
     layouts: dict[int, Layout]
+    repeated: dict[int, Layout] = field(default_factory=dict)
     uniform: set[int] = field(default_factory=set)
+    filled: set[int] = field(default_factory=set)
     numbers: set[int] = field(default_factory=set)
     sized: set[int] = field(default_factory=set)
     counting: set[int] = field(default_factory=set)
     written: set[int] = field(default_factory=set)
+    spread: set[int] = field(default_factory=set)
+    uneven: set[int] = field(default_factory=set)
 
     def add(self, small: Operation, large: Operation) -> None:
         """Follow the samples through one operation.
@@ -111,41 +117,62 @@ class _Proof:
                 raise UnprovenError
             self.numbers.update(large.output_serials)
         elif large.name in _CONSTANT and not varied:
-            self.uniform.update(large.output_serials)
-        elif depends and not (self.uniform.issuperset(serials) and self.written.isdisjoint(large.memory)):
+            self._fill(small, large)
+        elif depends and not (self._are_constants(serials) and self.written.isdisjoint(large.memory)):
             if varied:
                 raise UnprovenError
             self._place(small, large)
-        elif varied or self.sized.intersection(serials):
+        elif varied or self.sized.intersection(serials) or self.written.intersection(large.memory):
             self._note_sized(large)
         else:
             self._keep_constant(small, large)
+
+    def _are_constants(self, serials: Sequence[int]) -> bool:
+        return all(serial in self.uniform or serial in self.repeated for serial in serials)
 
     def _note_sized(self, operation: Operation) -> None:
         self.sized.update(operation.output_serials)
         self.written.update(operation.written)
 
+    def _fill(self, small: Operation, large: Operation) -> None:
+        """Note tensors with equal entries."""
+        self.uniform.update(large.output_serials)
+        for serial, before, after in zip(large.output_serials, small.outputs, large.outputs, strict=True):
+            if before != after:
+                self.filled.add(serial)
+                layout = _only_layout(before, after)
+                if layout is not None:
+                    self.repeated[serial] = layout
+
     def _place(self, small: Operation, large: Operation) -> None:
         """Find the layouts of an operation's results."""
-        layouts = self._layouts_of(small, large)
+        self._set(self.layouts, self._layouts_of(small, large), small, large)
+        self.written.update(large.written)
+
+    def _set(self, found: dict[int, Layout], layouts: Sequence[Layout], small: Operation, large: Operation) -> None:
         shapes = zip(small.outputs, large.outputs, strict=True)
         for serial, layout, (before, after) in zip(large.output_serials, layouts, shapes, strict=True):
             if layout.fits(before, after):
-                self.layouts[serial] = layout
-            else:
+                found[serial] = layout
+            elif serial not in self.filled:
                 self.sized.add(serial)  # such as the state of a generator
-        self.written.update(large.written)
 
     def _layouts_of(self, small: Operation, large: Operation) -> Sequence[Layout]:
         known = []
+        filled = self._filled(large)
+        placed = self.layouts.keys() | self.repeated.keys()
+        varies = any(serial in placed for serial, same in zip(large.input_serials, filled, strict=True) if not same)
         for number, (serial, memory) in enumerate(zip(large.input_serials, large.memory, strict=True)):
-            layout = self.layouts.get(serial)
+            layout = self.layouts.get(serial, self.repeated.get(serial))
+            if varies and filled[number] and memory not in large.written:
+                layout = None  # it has every layout
             grown = small.inputs[number] != large.inputs[number]
             counts_up = large.name == "index" and number == 1 and serial in self.counting
             if layout is None and grown and serial not in self.uniform and not counts_up:
                 raise UnprovenError
             is_replaced = large.name == "copy_" and number == 0
-            if serial in self.sized or (layout is None and memory in self.written and not is_replaced):
+            is_overwritten = memory in self.written and serial not in self.layouts and not is_replaced
+            if serial in self.sized or is_overwritten:
                 raise UnprovenError
             known.append(layout)
         step = Step(large, known, small)
@@ -155,21 +182,33 @@ class _Proof:
         layouts = LAYOUT_RULES.get(name, aligned)(step)
         return [layouts] * len(large.outputs) if isinstance(layouts, Layout) else layouts
 
+    def _filled(self, operation: Operation) -> list[bool]:
+        """Return of each tensor argument whether all its entries are equal."""
+        pairs = zip(operation.input_serials, operation.memory, strict=True)
+        return [serial in self.filled and memory not in self.uneven for serial, memory in pairs]
+
     def _keep_constant(self, small: Operation, large: Operation) -> None:
         """Follow tensors that do not depend on the samples: they are the same for all of them, or may depend on their number."""
-        pairs = zip(large.input_serials, small.inputs, large.inputs, strict=True)
-        grown = {serial for serial, before, after in pairs if before != after}
+        pairs = zip(large.input_serials, large.memory, small.inputs, large.inputs, strict=True)
+        grown = {serial: memory for serial, memory, before, after in pairs if before != after}
         shapes_stay = small.outputs == large.outputs
+        self.spread.update(grown.values())
         if large.name == "arange" and not shapes_stay:
             self._count(small, large)
-        elif not grown and (shapes_stay or large.name == "expand"):
-            self.uniform.update(large.output_serials)
-        elif self._keeps_counting(large, grown, shapes_stay):
+        elif not grown and shapes_stay:
+            self._keep_uniform(large)
+        elif self._keeps_counting(large, grown.keys(), shapes_stay):
             self.counting.update(large.output_serials)
-        elif self._stays_uniform(large, grown, shapes_stay):
-            self.uniform.update(large.output_serials)
+        elif shapes_stay:
+            self._choose(large, grown.keys())
         else:
-            self._note_sized(large)
+            self._repeat(small, large, bool(grown))
+
+    def _keep_uniform(self, operation: Operation) -> None:
+        if self.spread.isdisjoint(operation.written):
+            self.uniform.update(operation.output_serials)
+        else:  # it changes the entries of some samples
+            self._note_sized(operation)
 
     def _count(self, small: Operation, large: Operation) -> None:
         """Note a range that counts the samples."""
@@ -183,13 +222,61 @@ class _Proof:
         counts = bool(grown) and self.counting.issuperset(operation.input_serials)
         return counts and not shapes_stay and operation.name in _CHOOSING
 
-    def _stays_uniform(self, operation: Operation, grown: Set[int], shapes_stay: bool) -> bool:
-        """Return whether a result is the same for all samples, because all arguments that grow with their number are."""
-        if not grown or not self.uniform.issuperset(grown):
+    def _choose(self, operation: Operation, grown: Set[int]) -> None:
+        """Note some entries of a constant that is repeated for each sample."""
+        layouts = [self.repeated.get(serial) for serial in grown]
+        stays = all(layout is not None and layout.outer == 1 for layout in layouts)
+        if operation.name in _CHOOSING and (stays or all(self._filled(operation))):
+            self.uniform.update(operation.output_serials)
+        else:  # a sum of them would depend on their number
+            self._note_sized(operation)
+
+    def _repeat(self, small: Operation, large: Operation, grown: bool) -> None:
+        """Find where a constant is repeated for each sample."""
+        if self._stays_filled(large):
+            self.uniform.update(large.output_serials)
+            self.filled.update(large.output_serials)
+        try:
+            if grown:
+                layouts = self._layouts_of(small, large)
+            else:
+                layouts = [_repeated(small, large)]
+            self._set(self.repeated, layouts, small, large)
+            self.uneven.update(large.written)
+        except (UnprovenError, IndexError, TypeError):
+            if large.written or not self.filled.issuperset(large.output_serials):
+                self._note_sized(large)
+
+    def _stays_filled(self, operation: Operation) -> bool:
+        if operation.name not in _MOVING and not operation.pointwise:
             return False
-        if shapes_stay:  # a sum of them would depend on their number
-            return operation.name in _CHOOSING
-        return operation.name in _UNIFORM or operation.pointwise
+        filled = self._filled(operation)
+        return any(filled) and all(same or shape == () for same, shape in zip(filled, operation.inputs, strict=True))
+
+
+def _only_layout(small: Shape, large: Shape) -> Layout | None:
+    """Return the layout of a tensor of which one axis grows with the samples, the positions of each sample together."""
+    if len(small) != len(large):
+        return None
+    grown = [dim for dim, (before, after) in enumerate(zip(small, large, strict=True)) if before != after]
+    layout = Layout(grown[0], inner=small[grown[0]] // 2)
+    return layout if len(grown) == 1 and layout.fits(small, large) else None
+
+
+def _repeated(small: Operation, large: Operation) -> Layout:
+    """Return the layout of a constant that an operation repeats once for each sample.
+
+    Raises:
+        UnprovenError: If it does something else.
+    """
+    layout = _only_layout(small.outputs[0], large.outputs[0])
+    if layout is None or large.name not in ("expand", "repeat"):
+        raise UnprovenError
+    before = len(large.outputs[0]) - len(large.inputs[0])
+    length = 1 if layout.dim < before else large.inputs[0][layout.dim - before]
+    if large.name == "repeat" and layout.inner != length:
+        raise UnprovenError
+    return layout
 
 
 def _varied(small: Operation, large: Operation) -> bool:

@@ -63,6 +63,20 @@ def _expanded(step: Step) -> Layout:
     return step.first.moved(step.first.dim + len(step.operation.outputs[0]) - len(step.shape))
 
 
+def _kept(step: Step) -> Layout:
+    """Return the layout after an operation that adds or removes the last axis only."""
+    if step.first.dim >= min(len(step.shape), len(step.operation.outputs[0])):
+        raise UnprovenError
+    return step.first
+
+
+def _tiled(step: Step) -> Layout:
+    """Repeated: copies of a whole axis follow one another."""
+    repeats = step.operation.arguments["repeats"]
+    dim = step.first.dim + len(repeats) - len(step.shape)
+    return Layout(dim, repeats[dim] * step.first.outer, step.first.inner)
+
+
 def _along(step: Step) -> Layout:
     """Return the layout after an operation that works along other axes and keeps them."""
     if step.first.dim in step.dims():
@@ -200,8 +214,6 @@ def _product(step: Step, skip: int = 0) -> Layout:
     """Matrix product, after ``skip`` summands: the contracted axis is not the sample axis."""
     left, right = step.layouts[skip], step.layouts[skip + 1]
     ndim = len(step.operation.inputs[skip])
-    if any(layout is not None for layout in step.layouts[:skip]):
-        raise UnprovenError
     if left is not None and right is not None:
         if left == right and left.dim == 0 and ndim == 3:
             return left
@@ -213,7 +225,12 @@ def _product(step: Step, skip: int = 0) -> Layout:
 
 
 def _shifted_product(step: Step) -> Layout:
-    return _product(step, 1)
+    """Matrix product and a summand, which may have the same samples."""
+    layout, summand = _product(step, 1), step.layouts[0]
+    ndim = len(step.operation.outputs[0])
+    if summand is not None and summand.moved(summand.dim + ndim - len(step.shape)) != layout:
+        raise UnprovenError
+    return layout
 
 
 def _looked_up(step: Step) -> Layout:
@@ -254,8 +271,10 @@ _FAMILIES: dict[Callable[[Step], Any], str] = {
     _permuted: "permute",
     _transposed: "transpose t",
     _expanded: "expand",
+    _tiled: "repeat",
+    _kept: "view_as_real view_as_complex",
     _along: "_softmax _log_softmax softmax log_softmax cumsum cumprod split split_with_sizes unsafe_split unsafe_chunk "
-    "chunk narrow glu sort topk",
+    "chunk narrow glu sort topk _fft_c2c _fft_r2c _fft_c2r",
     _along_dims: "roll flip",
     _removed: "select unbind",
     _reduced: "sum mean amax amin var std var_mean std_mean logsumexp prod any all max min argmax argmin "
@@ -273,7 +292,7 @@ _FAMILIES: dict[Callable[[Step], Any], str] = {
     _joined: "cat",
     _stacked: "stack",
     _strided_rows: "as_strided as_strided_",
-    aligned: "hardswish hardsigmoid hardtanh relu6 _prelu_kernel copy masked_fill",
+    aligned: "hardswish hardsigmoid hardtanh relu6 _prelu_kernel copy fill zero masked_fill",
     _product: "mm bmm matmul mv linear",
     _shifted_product: "addmm baddbmm",
     _looked_up: "embedding",
