@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-__all__ = ["LEAST", "lost_rows", "may_have_lost"]
+__all__ = ["LEAST", "lost_rows", "may_have_lost", "noted_ranges", "squares_in_graph"]
 
 LEAST = 1e-28
 """Smaller sums may lack entries below 1e-19, whose squares have few digits in float32, or none. ``kernels.h`` has the same number."""
@@ -42,6 +45,43 @@ def lost_rows(powers: Tensor, factor: Tensor) -> Tensor | None:
     rows = (~((powers >= LEAST) & (powers < math.inf))).nonzero()[:, 0]
     rows = rows[_are_not_zero(factor if len(rows) == len(factor) else factor[rows])]
     return rows if len(rows) else None
+
+
+class _OfThread(threading.local):
+    """What the current thread notes while it traces a graph."""
+
+    ranges: list[Tensor] | None = None
+
+
+_THREAD = _OfThread()
+
+
+@contextmanager
+def noted_ranges() -> Iterator[list[Tensor]]:
+    """Collect, for sums of squares in a graph, whether they are right, ``(N, ...)``, in a list.
+
+    Without this block, a graph computes squares in double precision, which takes longer.
+    """
+    before, _THREAD.ranges = _THREAD.ranges, []
+    try:
+        yield _THREAD.ranges
+    finally:
+        _THREAD.ranges = before
+
+
+def squares_in_graph(entries: Tensor) -> Tensor:
+    """Return the sums of squares over axis 1 of entries in single precision whose values cannot be read.
+
+    Args:
+        entries: ``(N, A, *P)``.
+    """
+    if _THREAD.ranges is None:
+        entries = entries.double()
+    squares: Tensor = torch.linalg.vecdot(entries, entries, dim=1)
+    if _THREAD.ranges is not None:
+        is_zero = entries.abs().sum(1) == 0
+        _THREAD.ranges.append(((squares >= LEAST) & (squares < math.inf)) | is_zero)
+    return squares
 
 
 def _are_not_zero(rows: Tensor) -> Tensor:

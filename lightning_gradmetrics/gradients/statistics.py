@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradmetrics.gradients.blocks import by_blocks
-from lightning_gradmetrics.gradients.lost_digits import may_have_lost
+from lightning_gradmetrics.gradients.lost_digits import may_have_lost, squares_in_graph
 from lightning_gradmetrics.gradients.powers import power_sum, sums_of_normal_roots
 from lightning_gradmetrics.gradients.precision import accumulator, at_least_float32, result_dtype
 
@@ -124,21 +124,21 @@ def axis_moments(entries: Tensor, wanted: Iterable[Moment], dtype: torch.dtype |
         Each moment, ``(N, *P)``.
     """
     entries = at_least_float32(entries)
+    may_lose = entries.dtype == torch.float32 and entries.is_cpu
+    is_unreadable = may_lose and bool(torch._C._len_torch_dispatch_stack())  # as in a graph
     moments: Moments = {}
     for key in wanted:
-        if dtype is None or dtype == entries.dtype:
+        has_powers = may_lose and not isinstance(key, str) and key > 1
+        if has_powers and is_unreadable:
+            moment = squares_in_graph(entries) if key == 2 else _moment(entries.double(), key)
+        elif dtype is None or dtype == entries.dtype:
             moment = _moment(entries, key)
         else:
             moment = _wide_moment(entries, key, dtype)
         moments[key] = moment.to(accumulator(entries))
-        if not isinstance(key, str) and key > 1 and _is_narrow(entries) and may_have_lost(moments[key]):
+        if has_powers and not is_unreadable and may_have_lost(moments[key]):
             moments[key] = _wide_moment(entries, key, torch.float64)
     return moments
-
-
-def _is_narrow(entries: Tensor) -> bool:
-    """Return whether powers of the entries may overflow or vanish, and their values may be read: on a CPU, and not in a graph."""
-    return entries.dtype == torch.float32 and entries.is_cpu and not torch._C._len_torch_dispatch_stack()
 
 
 def _wide_moment(entries: Tensor, key: Moment, dtype: torch.dtype) -> Tensor:

@@ -5,6 +5,7 @@ On a CPU, inductor compiles the graph. On a CUDA device, its kernels are recorde
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -41,8 +42,7 @@ from lightning_gradmetrics.engine.passes.tracer import Tracer
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.engine.tracing.graph import runs_custom_code
 from lightning_gradmetrics.engine.tracing.model_state import ForwardState
-from lightning_gradmetrics.engine.uses import Use
-from lightning_gradmetrics.gradients.lost_digits import LEAST
+from lightning_gradmetrics.gradients.lost_digits import noted_ranges
 from lightning_gradmetrics.gradients.precision import rounding
 from lightning_gradmetrics.gradients.statistics import Moments, merged_moments
 
@@ -178,8 +178,7 @@ def _program(task: Task, strategy: Strategy) -> Program:
     channels_last = strategy.channels_last and _is_on_gpu(task)  # inductor chooses the layout itself
 
     names = list(dict(task.model.named_parameters())), list(dict(task.model.named_buffers()))
-    # Operators compute all other squares; see kernels/partial.py and rows.c.
-    reads_range = not _is_on_gpu(task) and 2.0 in task.wanted and task.wanted <= {"sum", 2.0} and _is_narrow(task)
+    ranges: list[Tensor] = []  # operators check the squares that they compute; see kernels/partial.py and rows.c
 
     def planned(
         parameters: list[Tensor], buffers: list[Tensor], inputs: list[Tensor], labels: Tensor | None
@@ -190,7 +189,7 @@ def _program(task: Task, strategy: Strategy) -> Program:
         named = dict(zip(names[0], parameters, strict=True))
         tensors = {**named, **dict(zip(names[1], buffers, strict=True))}
         chosen: Any = {name: named[name] for name in task.parameters}
-        with _holding(task.model, tensors), traced_operators(), torch.enable_grad():
+        with _holding(task.model, tensors), traced_operators(), torch.enable_grad(), noted_ranges() as noted:
             batch = replace(
                 task,
                 inputs=map_tensors(task.inputs, lambda _: next(flat_inputs)),
@@ -199,7 +198,7 @@ def _program(task: Task, strategy: Strategy) -> Program:
                 record=None,
             )
             batch = batch.channels_last() if channels_last else batch
-            table = _NotingTable(batch)
+            table = MomentTable(batch)
             logits: list[Tensor] = []
 
             def keep(found: Tensor, tracer: Tracer) -> None:
@@ -211,8 +210,8 @@ def _program(task: Task, strategy: Strategy) -> Program:
         results: list[Tensor] = []
         for moments in [*table.moments, *table.merged]:
             results += map(moments.__getitem__, keys)
-        checks = [_are_in_range(table)] if reads_range else []
-        return tuple(map(Tensor.detach, [*results, *checks, *logits]))
+        ranges[:] = [functools.reduce(torch.logical_and, noted).all()] if noted else []
+        return tuple(map(Tensor.detach, [*results, *ranges, *logits]))
 
     decompositions = {} if _is_on_gpu(task) else {torch.ops.aten.embedding.default: looked_up}
     graph = make_fx(planned, decompositions)(*ProgramState(task).arguments())
@@ -222,39 +221,7 @@ def _program(task: Task, strategy: Strategy) -> Program:
     laid_out = task.channels_last() if channels_last else task
     _, path, calls = forward_alone(laid_out, 0, ForwardState(task.model, task.record))
     known = None if strategy.quiet else calls  # a checkpoint may warn that it runs without gradients
-    return Program(run, keys, task.size, logits_function(task), channels_last, path, known, reads_range)
-
-
-def _is_narrow(task: Task) -> bool:
-    """Return whether a chosen parameter is in single precision."""
-    return any(parameter.dtype == torch.float32 for parameter in task.parameters.values())
-
-
-class _NotingTable(MomentTable):
-    """A table that notes for which parameters it gets gradients; those of the others are zero in every batch."""
-
-    def __init__(self, task: Task) -> None:
-        super().__init__(task)
-        self.added: set[str] = set()
-
-    def add(self, name: str, use: Use) -> None:
-        """Add a parameter's gradients of the current objective."""
-        self.added.add(name)
-        super().add(name, use)
-
-
-def _are_in_range(table: _NotingTable) -> Tensor:
-    """Return whether no sum of squares in a graph, in single precision, has overflowed or may lack entries whose squares vanish.
-
-    A sum of zero does not show whether there are such entries.
-    """
-    checks: list[Tensor] = []
-    for moments, undo in zip(table.moments, table.scales, strict=True):
-        squares = moments[2.0] / undo.to(moments[2.0].dtype).square()[:, None]
-        for name, column in zip(table.task.parameters, squares.unbind(1), strict=True):
-            if name in table.added:
-                checks.append(((column >= LEAST) & (column < torch.inf)).all())
-    return torch.stack(checks).all()
+    return Program(run, keys, task.size, logits_function(task), channels_last, path, known, bool(ranges))
 
 
 @contextmanager
