@@ -17,6 +17,7 @@ import functools
 import itertools
 import os
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter, is_, methodcaller
 from pathlib import Path
@@ -73,8 +74,7 @@ _KNOWN_FILES = (
     f"{Path(torch.__file__).parent}{os.sep}",
     f"{Path(__file__).parents[2]}{os.sep}",
     abc.ABCMeta.__instancecheck__.__code__.co_filename,
-    _weakrefset.__file__,
-    contextlib.__file__,
+    *map(attrgetter("__file__"), (_weakrefset, weakref, contextlib)),
 )
 """The folders of torch and of this package, and the files of Python that ``isinstance`` and blocks use."""
 
