@@ -302,3 +302,33 @@ def test_batches_whose_squares_overflow_or_vanish_run_eagerly(size):
         found = gradient_statistics(model, x, "uniform", per_parameter=True, statistics=["l2"], compile=True)
         expected = gradient_statistics(model, x, "uniform", per_parameter=True, statistics=["l2"])
         torch.testing.assert_close(found.norm(2), expected.norm(2), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("statistics", [("l3",), ("l2", "l3"), ("l2",)])
+def test_other_powers_of_small_gradients(statistics, graphs):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8, bias=False), nn.Tanh(), nn.Linear(8, 3)).eval()
+    options = {"per_parameter": True, "statistics": statistics}
+    for size in (1.0, 1.0, 1e-22):
+        x = torch.randn(8, 4)
+        x[2] *= size
+        found = gradient_statistics(model, x, "uniform", compile=True, **options)
+    expected = gradient_statistics(model, x, "uniform", **options)
+    for name in statistics:
+        torch.testing.assert_close(found.statistic(name), expected.statistic(name), rtol=1e-4, atol=0)
+
+
+def test_gradients_of_zeros_stay_compiled(graphs, monkeypatch):
+    """Of a layer whose ReLU never fires, and of a sample of zeros."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
+    nn.init.constant_(model[2].bias, -100)
+    options = {"per_parameter": True, "statistics": ["l2"]}
+    x = torch.randn(8, 4)
+    gradient_statistics(model, x, "uniform", compile=True, **options)
+    x[1] = 0
+    expected = gradient_statistics(model, x, "uniform", **options)
+    monkeypatch.setattr(compiled_plans, "auto_moments", None)
+    found = gradient_statistics(model, x, "uniform", compile=True, **options)
+    assert not found.norm(2)[:, :5].any()
+    torch.testing.assert_close(found.norm(2), expected.norm(2), rtol=1e-5, atol=0)
