@@ -106,7 +106,7 @@ class _PlannedBatch:
                 table, self.fast, strategy.plan, lambda logits: check_objectives(table.task, logits), path, self.free
             )
         except PathChanged:
-            strategy.add_path(here, None)
+            strategy.drop_path(here)
             self.state.restore()
             return False
         return True
@@ -122,6 +122,8 @@ class _PlannedBatch:
         if calls.number not in verified:
             self._compare_new_calls(calls, notes, rows)
             self._note_calls(calls, times)
+            if recorder is not None:
+                strategy.drop_path(checks.here)
         elif verified[calls.number][0] != times:
             raise PlanError("a sample has a different number of positions than in earlier batches of this size")
         elif checks.hides_gradients:

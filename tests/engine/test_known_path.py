@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lightning_gradmetrics as lgm
 from lightning_gradmetrics.engine.auto import _STRATEGIES
-from lightning_gradmetrics.engine.passes import path_record
+from lightning_gradmetrics.engine.passes import path_record, strategy
 from lightning_gradmetrics.engine.passes.path_check import PathFollower
 
 CHANGED: dict[str, Any] = {"on": False}
@@ -144,8 +144,8 @@ def paths_of(model: nn.Module) -> list[Any]:
     """Return the known paths of a model."""
     found = []
     for strategies in _STRATEGIES[model].values():
-        for strategy in strategies:
-            found += strategy.paths.values()
+        for known in strategies:
+            found += known.paths.values()
     return found
 
 
@@ -195,6 +195,25 @@ def test_a_change_of_a_known_path_is_noticed(name: str, is_large: bool, monkeypa
         require_equal(model, batch())
     CHANGED["on"] = False
     require_equal(model, batch())
+
+
+@pytest.mark.parametrize("odd", [1, 5])
+def test_a_path_is_known_again_after_an_odd_batch(odd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the batch before it has a known path or not; if all batches are odd, few are recorded."""
+    torch.manual_seed(0)
+    CHANGED.clear()
+    model, recorded = Net(CHANGES["a constant"]).double().eval(), []
+    recorder = strategy.PathRecorder
+    monkeypatch.setattr(strategy, "PathRecorder", lambda *options: recorded.append(options) or recorder(*options))
+    for number in range(8):
+        CHANGED["on"] = number == odd
+        require_equal(model, batch())
+    assert len(paths_of(model)) == 1
+    recorded.clear()
+    for number in range(40):
+        CHANGED["on"] = number % 2 == 0
+        lgm.gradient_statistics(model, batch(), "pseudo_label")
+    assert 0 < len(recorded) < 6
 
 
 def test_a_large_path_stores_no_result_longer_than_needed(monkeypatch: pytest.MonkeyPatch) -> None:

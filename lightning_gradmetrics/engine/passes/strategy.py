@@ -50,6 +50,9 @@ EVERY_SAMPLE = 10**9
 MOST_PATHS = 64
 """Largest number of combinations of input shapes and batch size for which the calls are stored."""
 
+LONGEST_PAUSE = 64
+"""Largest number of batches after a change of the calls until they are recorded again."""
+
 Checks = Callable[[Tensor, Tracer], None]
 """Gets the logits of a batch, and the tracer of the forward pass."""
 
@@ -88,8 +91,8 @@ class Strategy:
         compared: Which gradients of samples were compared on each path that samples take alone.
         mixes: Whether an operation may work along the sample axis, so that the rows of every batch are checked.
         turn: Counts the batches of which one sample was checked, so that each batch checks another one.
-        paths: For combinations of input shapes and batch size, the calls of the forward pass; ``None`` if they are not
-            compared one by one.
+        paths: For combinations of input shapes and batch size, the calls of the forward pass.
+        pauses: For those without a known path, the number of batches before one is recorded, and the length of the pause.
     """
 
     plan: Plan | None
@@ -115,19 +118,27 @@ class Strategy:
     compared: dict[int, set[tuple[int, str]]] = field(default_factory=dict)
     mixes: bool = False
     turn: int = 0
-    paths: dict[tuple[Any, int], KnownPath | None] = field(default_factory=dict)
+    paths: dict[tuple[Any, int], KnownPath] = field(default_factory=dict)
+    pauses: dict[tuple[Any, int], tuple[int, int]] = field(default_factory=dict)
 
     def recorder(self, task: Task, here: tuple[Any, int]) -> PathRecorder | None:
-        """Return a recorder for a batch, if all batches of its shapes made the same calls, which the proof covers.
+        """Return a recorder for a batch, if earlier batches of its shapes made calls that the proof covers, and no pause holds.
 
         Python must read no values of tensors.
         """
         verified = self.times.get(here, {})
-        if here in self.paths or len(verified) != 1 or self.plan is None or self.plan.reads != ():
+        if here in self.paths or not verified or self.plan is None or self.plan.reads != ():
             return None
-        is_unusual = self.random or self.quiet or bool(self.slow) or task.memory is not None
+        if self.random or self.quiet or bool(self.slow) or task.memory is not None:
+            return None
+        if len(verified) > 1 and here not in self.pauses:
+            self.drop_path(here)
+        remaining, length = self.pauses.get(here, (0, 0))
+        if remaining:
+            self.pauses[here] = remaining - 1, length
+            return None
         folds = self.folds(task)
-        return None if is_unusual else PathRecorder(task, folds, folds and self.plan.lays_out)
+        return PathRecorder(task, folds, folds and self.plan.lays_out)
 
     def folds(self, task: Task) -> bool:
         """Return whether to fold batch norms into convolutions, or to change the layout of images.
@@ -137,10 +148,25 @@ class Strategy:
         return self.plan is not None and self.plan.changes_layers and self.bytes * task.size > MOST_BYTES
 
     def add_path(self, here: tuple[Any, int], path: KnownPath | None) -> None:
-        """Store the calls of batches of these shapes; ``None`` if they are not compared one by one."""
+        """Store the calls of batches of these shapes; begin a pause if they are not known."""
+        if path is None:
+            self.drop_path(here)
+            return
         self.paths[here] = path
         if len(self.paths) > MOST_PATHS:
             del self.paths[next(iter(self.paths))]
+
+    def drop_path(self, here: tuple[Any, int]) -> None:
+        """Forget the calls of batches of these shapes, which have changed, and record none for a number of batches.
+
+        The number doubles each time, so that a single other batch costs little, and so does a model that changes in every batch.
+        """
+        self.paths.pop(here, None)
+        _, length = self.pauses.pop(here, (0, 1))
+        length = min(2 * length, LONGEST_PAUSE)
+        self.pauses[here] = length - 1, length
+        if len(self.pauses) > MOST_PATHS:
+            del self.pauses[next(iter(self.pauses))]
 
 
 def warn_slow(task: Task, strategy: Strategy) -> None:
