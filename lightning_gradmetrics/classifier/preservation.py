@@ -17,6 +17,7 @@ from lightning_gradmetrics.classifier.tensor_records import (
     MemoryRecord,
     TensorRecord,
     TensorRecords,
+    has_read_gradient,
     is_ordinary,
     is_written,
     note_open,
@@ -35,7 +36,8 @@ def preserved(model: nn.Module) -> Iterator[ModelRecord]:
 
     Restored are:
 
-    - each parameter's ``requires_grad`` and ``.grad``, which is ``None`` inside the block, and each module's train or eval mode;
+    - each parameter's ``requires_grad`` and ``.grad``, which is ``None`` inside the block unless a forward pass reads it, and each
+      module's train or eval mode;
     - which tensors are parameters and buffers, which modules are submodules, and the values of all buffers: batch norm
       changes its statistics without a new version of the tensor;
     - attributes that a forward pass sets, replaces or deletes, including the entries of containers, nested ones too, the
@@ -116,6 +118,9 @@ class ModelRecord:
         self._memory = MemoryRecord(filter(is_ordinary, self.parameters))
         self._values = TensorRecords(self.tensors())
         self._written = list(map(TensorRecord, filter(is_written, self.parameters)))
+        self._shown: list[tuple[Tensor, Tensor, TensorRecord]] = []
+        for parameter in filter(has_read_gradient, self.parameters):
+            self.show_gradient(parameter)
         note_open(model, self)
 
     def note_written(self, tensor: Tensor) -> None:
@@ -133,10 +138,24 @@ class ModelRecord:
         return [*self.layout.buffers, *self.layout.tensors]
 
     def hide_gradients(self) -> None:
-        """Set each ``.grad`` to ``None``: a forward pass may zero it, convert it or add to it, and nothing is copied."""
+        """Set each ``.grad`` to ``None``: a forward pass may zero it, convert it or add to it, and nothing is copied.
+
+        Only those that forward passes read stay, and are copied.
+        """
+        shown = {id(parameter) for parameter, _, _ in self._shown}
         for parameter, (_, gradient) in zip(self.parameters, self._requirements, strict=True):
-            if gradient is not None and gradient.dtype is parameter.dtype:  # others could not be assigned again
+            if gradient is None or gradient.dtype is not parameter.dtype:  # others could not be assigned again
+                continue
+            if id(parameter) not in shown:
                 parameter.grad = None
+
+    def show_gradient(self, parameter: Tensor) -> None:
+        """Set the ``.grad`` of a parameter to that of this state, and store its values."""
+        for other, (_, gradient) in zip(self.parameters, self._requirements, strict=True):
+            is_shown = any(parameter is known for known, _, _ in self._shown)
+            if other is parameter and gradient is not None and not is_shown:
+                parameter.grad = gradient
+                self._shown.append((parameter, gradient, TensorRecord(gradient)))
 
     def restore(self) -> None:
         """Set everything to this state."""
@@ -174,7 +193,11 @@ class ModelRecord:
         self._values.restore_if_changed()
 
     def _restore_parameters(self) -> None:
-        """Set the values of parameters that a forward pass has replaced or changed in place to this state."""
+        """Set the values of parameters that a forward pass has replaced or changed in place to this state, and gradients it reads."""
         self._memory.restore()
-        for parameter in self._written:
-            parameter.restore()
+        for written in self._written:
+            written.restore()
+        for parameter, gradient, record in self._shown:
+            record.restore()
+            if parameter.grad is not gradient:
+                parameter.grad = gradient

@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -25,6 +26,7 @@ __all__ = [
     "TensorRecord",
     "TensorRecords",
     "first_pass_watched",
+    "has_read_gradient",
     "is_ordinary",
     "is_written",
     "note_open",
@@ -35,6 +37,9 @@ __all__ = [
 
 _WRITTEN: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """The parameters, buffers and tensors among attributes that a watched forward pass has changed in place."""
+
+_READ: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""The parameters whose ``.grad`` a watched forward pass has read."""
 
 _WATCHED: WeakKeyDictionary[nn.Module, tuple[int, ...]] = WeakKeyDictionary()
 """The models of which a forward pass was watched, with the identities of their parameters at that time."""
@@ -224,6 +229,11 @@ def is_written(tensor: Tensor) -> bool:
     return bool(_WRITTEN) and tensor in _WRITTEN
 
 
+def has_read_gradient(parameter: Tensor) -> bool:
+    """Return whether a watched forward pass of its model has read the ``.grad`` of a parameter."""
+    return bool(_READ) and parameter in _READ
+
+
 def version_of(tensor: Tensor) -> int:
     """Return how often a tensor was changed in place; 0 for an inference tensor."""
     return 0 if tensor.is_inference() else tensor._version
@@ -250,7 +260,8 @@ def warn_of_late_writes(model: nn.Module, late: Iterable[Tensor]) -> None:
 def note_open(model: nn.Module, record: Any) -> None:
     """Let a record of a model store the values of tensors that the first forward pass changes in place.
 
-    The record has ``parameters`` and ``tensors()``, which are watched, and ``note_written`` is called before one is changed.
+    The record has ``parameters`` and ``tensors()``, which are watched. ``note_written`` is called before one is changed, and
+    ``show_gradient`` before the ``.grad`` of one is read.
     A model with other parameters than at its first pass, as after ``load_state_dict(assign=True)``, is watched again.
     """
     if _WATCHED.get(model) != _identities(record.parameters):
@@ -271,7 +282,8 @@ def _watched(model: nn.Module) -> Iterator[None]:
     # torch.compile may give up on functions that it meets inside of a mode.
     is_compiler_loaded = "torch._dynamo" in sys.modules
     parameters = _registered(model)
-    with torch.compiler.set_stance("force_eager") if is_compiler_loaded else nullcontext(), _Watch():  # type: ignore[no-untyped-call]
+    stance = torch.compiler.set_stance("force_eager") if is_compiler_loaded else nullcontext()  # type: ignore[no-untyped-call]
+    with stance, _Watch(), _GradientReads():
         yield
     _WATCHED[model] = parameters
 
@@ -323,6 +335,21 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     for record in tuple(_OPEN):
                         record.note_written(tensor)
                 _WRITTEN[tensor] = True
+
+
+class _GradientReads(TorchFunctionMode):
+    """Lets the recorded models show the gradient of a parameter before a forward pass reads its ``.grad``."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one call."""
+        if func == _GRADIENT:
+            _READ[args[0]] = True
+            for record in tuple(_OPEN):
+                record.show_gradient(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+_GRADIENT = Tensor.grad.__get__  # type: ignore[union-attr]
 
 
 def _keys(tensor: Tensor) -> tuple[int, ...]:

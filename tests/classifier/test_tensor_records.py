@@ -96,7 +96,8 @@ def test_scores_leave_the_weights_unchanged(way: str) -> None:
 def test_a_change_that_the_first_pass_does_not_make_is_reported_and_undone_later() -> None:
     model, x = made("late")
     lgm.gradient_statistics(model, x, "pseudo_label")
-    with pytest.warns(UserWarning, match=r"unlike its first pass; they keep the new values: body\.weight"):
+    changed = pytest.warns(UserWarning, match=r"unlike its first pass; they keep the new values: body\.weight")
+    with changed, pytest.raises(ValueError, match="different logits"):
         lgm.gradient_statistics(model, x[:5], "pseudo_label", engine="vmap")
     before = state_of(model)
     lgm.gradient_statistics(model, x[:5], "pseudo_label", engine="vmap")
@@ -116,6 +117,41 @@ def test_a_model_with_other_parameters_is_watched_again(part: str, way: str) -> 
     torch.testing.assert_close(lgm.gradient_statistics(model, x, "pseudo_label").norm(2), expected)
     assert_same(model, before)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+class Conditioned(nn.Module):
+    """Moves its weight along the gradient that the user has computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head, self.zeroes = nn.Linear(6, 8), nn.Linear(8, 3), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.body.weight
+        moved = weight if weight.grad is None else weight - weight.grad
+        if self.zeroes:
+            self.zero_grad(set_to_none=False)
+        return self.head(F.linear(x, moved, self.body.bias).tanh())
+
+
+@pytest.mark.filterwarnings("ignore:no fast rule")
+@pytest.mark.parametrize("zeroes", [False, True])
+def test_a_forward_pass_may_read_the_gradients_of_the_user(zeroes: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Conditioned().double().eval(), torch.randn(4, 6).double()
+    lgm.gradient_statistics(model, x, "pseudo_label")
+    gradient = model.body.weight.grad = torch.randn(8, 6).double()
+    kept = gradient.clone()
+    losses = F.cross_entropy(model(x), model(x).argmax(1), reduction="none")
+    expected = []
+    for loss in losses:
+        gradients = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+        expected.append(torch.cat([value.flatten() for value in gradients]).norm())
+    model.zeroes = zeroes
+    for _ in range(3):
+        found = lgm.gradient_statistics(model, x, "pseudo_label").norm(2)
+        torch.testing.assert_close(found, torch.stack(expected))
+        assert model.body.weight.grad is gradient and torch.equal(gradient, kept)
 
 
 def test_torch_func_refuses_a_model_that_replaces_data() -> None:
