@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 
+from lightning_gradmetrics.classifier.model_layout import named_parameters
 from lightning_gradmetrics.engine.checks.batch_checks import BatchChecks
 from lightning_gradmetrics.engine.checks.guards import compare_alone
 from lightning_gradmetrics.engine.checks.other_generators import check_few_samples, watching_generators
@@ -34,8 +36,9 @@ from lightning_gradmetrics.engine.refusals import (
 )
 from lightning_gradmetrics.engine.task import Task, empty_moments
 from lightning_gradmetrics.engine.tracing.attribute_reads import reading_attributes
+from lightning_gradmetrics.engine.tracing.graph import GroupNormCrashError
 from lightning_gradmetrics.engine.tracing.model_state import ForwardState, attribute_key, note_read
-from lightning_gradmetrics.gradients.statistics import Moments
+from lightning_gradmetrics.gradients.statistics import Moments, merged_moments
 
 __all__ = ["auto_moments", "verified_strategy"]
 
@@ -49,17 +52,50 @@ _STRATEGIES: WeakKeyDictionary[nn.Module, dict[Hashable, list[Strategy]]] = Weak
 _UNPLANNABLE: WeakKeyDictionary[nn.Module, dict[Hashable, Strategy]] = WeakKeyDictionary()
 """Kinds and sizes of batches for which planning has failed."""
 
+_CRASHING: WeakKeyDictionary[nn.Module, set[tuple[str, ...]]] = WeakKeyDictionary()
+"""The names of parameters whose backward pass alone would end the process, so that all parameters are computed."""
+
 
 def auto_moments(task: Task) -> list[Moments]:
     """Return the moments ``(N, P)`` of each objective's gradient, each computed in the fastest verified way."""
     if not task.size:
         return empty_moments(task)
-    try:
-        moments = _by_assumption(task)
-        return _by_strategy(task.decided()) if moments is None else moments
-    except CoupledSamplesError:  # which different random numbers look like
-        check_few_samples(task)
-        raise
+    names = tuple(task.parameters)
+    if names not in _CRASHING.get(task.model, ()):
+        try:
+            moments = _by_assumption(task)
+            return _by_strategy(task.decided()) if moments is None else moments
+        except CoupledSamplesError:  # which different random numbers look like
+            check_few_samples(task)
+            raise
+        except GroupNormCrashError:
+            if len(_with_all_parameters(task).parameters) == len(names):
+                raise
+            _CRASHING.setdefault(task.model, set()).add(names)
+            ForwardState(task.model, task.record).restore()
+    everything = _with_all_parameters(task)
+    return _of_parameters(auto_moments(everything), everything, task)
+
+
+def _with_all_parameters(task: Task) -> Task:
+    """Return the task with all real parameters of the model, whose results are those of each parameter."""
+    parameters = {}
+    for name, parameter in named_parameters(task.model).items():
+        if name in task.parameters or (parameter.numel() and parameter.is_floating_point()):
+            parameters[name] = parameter
+    return replace(task, parameters=parameters, merged=False)
+
+
+def _of_parameters(moments: Sequence[Moments], everything: Task, task: Task) -> list[Moments]:
+    """Return the moments of the parameters of another task."""
+    columns = list(map(list(everything.parameters).index, task.parameters))
+    chosen: list[Moments] = []
+    for table in moments:
+        rows: Moments = {}
+        for key, value in table.items():
+            rows[key] = value[:, columns]
+        chosen.append(merged_moments(rows) if task.merged else rows)
+    return chosen
 
 
 def _by_assumption(task: Task) -> list[Moments] | None:

@@ -15,6 +15,7 @@ from lightning_gradmetrics.engine.tracing.calls import opened
 __all__ = [
     "Copies",
     "Root",
+    "GroupNormCrashError",
     "ends_of_group_norms",
     "gradients_at",
     "reached_parameters",
@@ -74,6 +75,10 @@ def gradients_at(total: Tensor, ends: Sequence[Any], gradient: Tensor | None, is
     return run((total,), (gradient,), is_kept, False, tuple(ends), True, accumulate_grad=False)
 
 
+class GroupNormCrashError(RuntimeError):
+    """A backward pass would end the process."""
+
+
 def ends_of_group_norms(total: Tensor) -> list[Any]:
     """Return edges at which gradients must be computed too, so that the backward pass to weights does not end the process.
 
@@ -84,7 +89,7 @@ def ends_of_group_norms(total: Tensor) -> list[Any]:
         total: The tensor whose backward pass runs.
 
     Raises:
-        RuntimeError: If the input of such a group norm requires no gradient.
+        GroupNormCrashError: If the input of such a group norm requires no gradient.
     """
     ends: list[Any] = []
     if not _GROUP_NORMS_CRASH:
@@ -96,7 +101,7 @@ def ends_of_group_norms(total: Tensor) -> list[Any]:
         if source is not None:
             ends.append(torch.autograd.graph.GradientEdge(source, number))
         elif any(weight is not None for weight, _ in weights) and _crashes(node._saved_input):
-            raise RuntimeError(
+            raise GroupNormCrashError(
                 f"torch {torch.__version__} would crash in the backward pass of this model, because no layer before a group norm "
                 "with channels last has chosen parameters. Choose some of an earlier layer too, convert the model and its inputs "
                 "to torch.contiguous_format, or install a newer torch (2.14)"
