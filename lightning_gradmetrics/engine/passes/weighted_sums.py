@@ -28,8 +28,8 @@ __all__ = ["WeightedSums"]
 CANCELLED = 2.0**-10
 """A sum is zero if it is smaller than this fraction of that of the absolute values, or in half precision than 16 times its precision."""
 
-FEW = 2
-"""Number of samples that show whether the sums of a call cancel."""
+FEW = 1
+"""Number of samples that show whether the sums of a call cancel; if its gradient is zero, they do."""
 
 GOLDEN = 0.6180339887498949
 
@@ -111,7 +111,7 @@ class WeightedSums:
 
 
 def _cancelled(slots: Collection[str], g: Tensor, mixes_features: bool) -> Collection[str]:
-    """Return the slots whose sums are zero by a symmetry of the output gradient, which a few samples show.
+    """Return the slots whose sums are zero by a symmetry of the output gradient, which the first sample shows.
 
     If the sums over the features are zero, those of all slots are; if only the sums over all entries are, those of biases.
 
@@ -122,7 +122,8 @@ def _cancelled(slots: Collection[str], g: Tensor, mixes_features: bool) -> Colle
     """
     few, biases = at_least_float32(g[:FEW]), {slot for slot in slots if "bias" in slot}
     limit = max(CANCELLED, 16 * torch.finfo(g.dtype).eps) * few.abs().sum()
-    for axis in {min(2, g.ndim - 1), g.ndim - 1}:  # the channels of images, or the features of positions
-        if bool(few.sum(axis).abs().sum() <= limit):
-            return slots if mixes_features else biases
-    return biases if biases and bool(few.flatten(1).sum(1).abs().sum() <= limit / 16) else ()
+    features = few.sum(min(2, g.ndim - 1))  # the channels of images, or the features of positions
+    sums = [features, few.sum(-1)] if g.ndim > 3 else [features]
+    if any(bool(total.abs().sum() <= limit) for total in sums):
+        return slots if mixes_features else biases
+    return biases if biases and bool(features.sum().abs() <= limit / 16) else ()
