@@ -56,6 +56,9 @@ def _stays_a_number(operation: Operation, known: Set[int]) -> bool:
     return known >= set(operation.input_serials) and all(shape == () for shape in operation.outputs)
 
 
+_READING = frozenset(["read", "_linalg_check_errors"])
+"""Operations without a result."""
+
 _CONSTANT = frozenset(
     ["zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"]
 )
@@ -110,7 +113,7 @@ class _Proof:
         depends = bool(large.depends & SAMPLES)
         serials = large.input_serials
         varied = large.hidden or _varied(small, large)
-        if large.name == "read":
+        if large.name in _READING:
             return
         if self.numbers.intersection(serials) or _is_number_of_all(large):
             if large.hidden or not _stays_a_number(large, self.numbers | self.layouts.keys()):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
+from lightning_gradmetrics.engine.tracing.index_layouts import gathered, joined_at, looked_up, picked, scattered
 from lightning_gradmetrics.engine.tracing.layouts import Layout, Shape, Step, UnprovenError
 
 __all__ = ["LAYOUT_RULES", "aligned"]
@@ -123,6 +125,61 @@ def _rows(step: Step) -> Layout:
     return step.first
 
 
+def _rows_of_all(step: Step) -> Layout:
+    """The same for operations on several tensors with one row per sample."""
+    layout = step.layouts[0]
+    is_same = layout is not None and all(other == layout for other in step.layouts)
+    if not is_same or layout is None or layout.dim != 0 or step.operation.outputs[0][0] != step.shape[0]:
+        raise UnprovenError
+    return layout
+
+
+def _planes(step: Step) -> Layout:
+    """Return the layout after an operation on the last one, two or three axes; its name contains their number."""
+    axes = int(re.findall(r"(\d)d", step.operation.name)[-1])
+    if step.first.dim >= len(step.shape) - axes:
+        raise UnprovenError
+    return step.first
+
+
+def _matrices(step: Step) -> list[Layout]:
+    """Return the layouts after an operation on the last two axes."""
+    if step.first.dim >= len(step.shape) - 2:
+        raise UnprovenError
+    return [step.first] * len(step.operation.outputs)
+
+
+def _distances(step: Step) -> Layout:
+    """Return the layout of the distances of the rows of two matrices."""
+    layout = aligned(step)
+    if layout.dim >= len(step.operation.outputs[0]) - 2:
+        raise UnprovenError
+    return layout
+
+
+def _diagonal(step: Step) -> Layout:
+    ndim, arguments = len(step.shape), step.operation.arguments
+    pair = {arguments.get("dim1", 0) % ndim, arguments.get("dim2", 1) % ndim}
+    if step.first.dim in pair:
+        raise UnprovenError
+    return step.first.moved(step.first.dim - sum(dim < step.first.dim for dim in pair))
+
+
+def _on_diagonals(step: Step) -> Layout:
+    ndim, arguments = len(step.shape), step.operation.arguments
+    pair = {arguments.get("dim1", -2) % (ndim + 1), arguments.get("dim2", -1) % (ndim + 1)}
+    if pair != {ndim - 1, ndim} or step.first.dim >= ndim - 1:
+        raise UnprovenError
+    return step.first
+
+
+def _crossed(step: Step) -> Layout:
+    layout = aligned(step)
+    if layout.dim == step.operation.arguments.get("dim", -1) % len(step.operation.outputs[0]):
+        raise UnprovenError
+    return layout
+
+
 def _padded(step: Step) -> Layout:
     """Padding of other axes; a positive and a negative width on the sample axis would shift the samples."""
     widths = step.operation.arguments["pad"]
@@ -132,10 +189,21 @@ def _padded(step: Step) -> Layout:
     return step.first
 
 
-def _batch_norm(step: Step) -> Layout:
+def _batch_norm(step: Step) -> Layout | list[Layout]:
+    """Batch norm: with running statistics, or of samples that are channels, as in an instance norm."""
     if step.operation.arguments.get("training", False) or step.operation.arguments.get("train", False):
-        raise UnprovenError
+        return _norm_of_channels(step)
     return _rows(step)
+
+
+def _norm_of_channels(step: Step) -> list[Layout]:
+    layout, outputs = step.layouts[0], step.operation.outputs
+    if layout is None or layout.dim != 1 or step.operation.written or len(outputs) != 3:
+        raise UnprovenError
+    statistics = layout.moved(0)
+    if any(other not in (None, statistics) for other in step.layouts[1:]):
+        raise UnprovenError
+    return [layout, statistics, statistics]
 
 
 def _before_shape(step: Step) -> Layout:
@@ -154,41 +222,6 @@ def _joined(step: Step) -> Layout:
         if len(shape) != len(step.operation.outputs[0]) and shape != (0,):
             raise UnprovenError
     return layouts.pop()
-
-
-def _gathered(step: Step) -> Layout:
-    """Gather along another axis; the values may be the same for all samples."""
-    source, index = step.layouts
-    if index is None or source not in (None, index) or index.dim == step.operation.arguments["dim"] % len(step.shape):
-        raise UnprovenError
-    return index
-
-
-def _picked(step: Step) -> Layout:
-    """Index: some positions of another axis, or positions of it for each sample, ``x[arange(N), positions]``."""
-    layout, chosen = step.layouts[0], {dim for _, dim in step.operation.chosen}
-    indices = step.operation.inputs[1:]
-    if layout is None or layout.dim in chosen or step.layouts[1] is not None:
-        raise UnprovenError
-    if len(indices) == 1 and len(indices[0]) == 1 and len(chosen) == 1:
-        return layout
-    if len(indices) != 2 or layout != Layout(0) or not chosen <= {1}:
-        raise UnprovenError
-    return _along_first_index(step)
-
-
-def _along_first_index(step: Step) -> Layout:
-    """Return the layout of ``x[samples, positions]``, where the first index counts up and both are broadcast."""
-    _, samples, positions = step.operation.inputs
-    ndim = max(len(samples), len(positions))
-    long = [dim for dim, size in enumerate(samples) if size != 1]
-    if len(long) != 1:
-        raise UnprovenError
-    layout = Layout(long[0] + ndim - len(samples))
-    other = step.layouts[2]
-    if other is not None and other.moved(other.dim + ndim - len(positions)) != layout:
-        raise UnprovenError
-    return layout
 
 
 def _stacked(step: Step) -> Layout:
@@ -233,14 +266,6 @@ def _shifted_product(step: Step) -> Layout:
     return layout
 
 
-def _looked_up(step: Step) -> Layout:
-    """Embedding: a table and indices."""
-    table, indices = step.layouts
-    if table is not None or indices is None:
-        raise UnprovenError
-    return indices
-
-
 def _attention(step: Step) -> list[Layout]:
     """Attention: queries, keys and values of the same sample, and possibly a mask."""
     for layout in step.layouts[:3]:
@@ -272,32 +297,44 @@ _FAMILIES: dict[Callable[[Step], Any], str] = {
     _transposed: "transpose t",
     _expanded: "expand",
     _tiled: "repeat",
-    _kept: "view_as_real view_as_complex",
+    _kept: "view_as_real view_as_complex bucketize",
     _along: "_softmax _log_softmax softmax log_softmax cumsum cumprod split split_with_sizes unsafe_split unsafe_chunk "
-    "chunk narrow glu sort topk _fft_c2c _fft_r2c _fft_c2r",
-    _along_dims: "roll flip",
+    "chunk narrow glu sort topk index_select logcumsumexp cummax cummin _safe_softmax _fft_c2c _fft_r2c _fft_c2r",
+    _along_dims: "roll flip rot90",
     _removed: "select unbind",
     _reduced: "sum mean amax amin var std var_mean std_mean logsumexp prod any all max min argmax argmin "
-    "linalg_vector_norm norm",
+    "linalg_vector_norm norm median nanmedian kthvalue mode",
     _sliced: "slice",
     _unfolded: "unfold",
-    _rows: "convolution _convolution mkldnn_convolution cudnn_convolution native_group_norm max_pool1d max_pool2d max_pool3d "
-    "max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d "
-    "adaptive_avg_pool2d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d "
-    "reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d upsample_nearest1d upsample_nearest2d "
-    "upsample_bilinear2d _upsample_bilinear2d_aa upsample_bicubic2d pixel_shuffle pixel_unshuffle im2col mkldnn_max_pool2d",
+    _rows: "convolution _convolution mkldnn_convolution cudnn_convolution native_group_norm pixel_shuffle pixel_unshuffle "
+    "channel_shuffle im2col col2im affine_grid_generator",
+    _rows_of_all: "grid_sampler_2d grid_sampler_3d max_unpool2d max_unpool3d",
+    _planes: "max_pool1d max_pool2d max_pool3d max_pool2d_with_indices max_pool3d_with_indices mkldnn_max_pool2d "
+    "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d _adaptive_avg_pool2d _adaptive_avg_pool3d "
+    "adaptive_max_pool2d adaptive_max_pool3d reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d "
+    "replication_pad2d replication_pad3d upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d "
+    "_upsample_nearest_exact2d _upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d _upsample_bilinear2d_aa "
+    "upsample_bicubic2d _upsample_bicubic2d_aa upsample_trilinear3d",
+    _matrices: "tril triu linalg_inv_ex linalg_cholesky_ex _linalg_eigh _linalg_svd linalg_qr _linalg_det _linalg_slogdet "
+    "linalg_matrix_exp",
+    _distances: "_cdist_forward _euclidean_dist",
+    _diagonal: "diagonal",
+    _on_diagonals: "diag_embed",
+    _crossed: "linalg_cross",
+    scattered: "scatter scatter_add scatter_reduce",
+    joined_at: "index_add index_copy",
     _padded: "constant_pad_nd",
     _batch_norm: "native_batch_norm batch_norm cudnn_batch_norm _native_batch_norm_legit_no_training",
     _before_shape: "native_layer_norm _fused_rms_norm rms_norm",
     _joined: "cat",
     _stacked: "stack",
     _strided_rows: "as_strided as_strided_",
-    aligned: "hardswish hardsigmoid hardtanh relu6 _prelu_kernel copy fill zero masked_fill",
+    aligned: "log_sigmoid_forward polar complex hardswish hardsigmoid hardtanh relu6 _prelu_kernel copy fill zero masked_fill",
     _product: "mm bmm matmul mv linear",
     _shifted_product: "addmm baddbmm",
-    _looked_up: "embedding",
-    _gathered: "gather",
-    _picked: "index",
+    looked_up: "embedding",
+    gathered: "gather",
+    picked: "index",
     _lstm: "lightning_gradmetrics::lstm_run",
     _attention: "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_attention_math "
     "_scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention "

@@ -1,0 +1,75 @@
+"""Where the samples are in the results of operations with indices that keep them apart."""
+
+from __future__ import annotations
+
+from lightning_gradmetrics.engine.tracing.layouts import Layout, Step, UnprovenError
+
+__all__ = ["gathered", "joined_at", "looked_up", "picked", "scattered"]
+
+
+def gathered(step: Step) -> Layout:
+    """Gather along another axis; the values may be the same for all samples."""
+    source, index = step.layouts
+    if index is None or source not in (None, index) or index.dim == step.operation.arguments["dim"] % len(step.shape):
+        raise UnprovenError
+    return index
+
+
+def scattered(step: Step) -> Layout:
+    """Values written to some positions of another axis, for each sample."""
+    target, index, *source = step.layouts
+    dim = step.operation.arguments["dim"] % len(step.shape)
+    is_other = index is None or index.dim == dim or any(layout not in (None, index) for layout in (target, *source))
+    if index is None or is_other or step.operation.written:
+        raise UnprovenError
+    return index
+
+
+def joined_at(step: Step) -> Layout:
+    """Values written to the same positions of another axis of all samples."""
+    target, index, source = step.layouts
+    dim = step.operation.arguments["dim"] % len(step.shape)
+    if source is None or index is not None or target not in (None, source) or source.dim == dim:
+        raise UnprovenError
+    if step.operation.written:
+        raise UnprovenError
+    return source
+
+
+def looked_up(step: Step) -> Layout:
+    """Embedding: a table and indices."""
+    table, indices = step.layouts
+    if table is not None or indices is None:
+        raise UnprovenError
+    return indices
+
+
+def picked(step: Step) -> Layout:
+    """Index: some positions of another axis, or positions of it for each sample, ``x[arange(N), positions]``."""
+    layout, chosen = step.layouts[0], {dim for _, dim in step.operation.chosen}
+    indices = step.operation.inputs[1:]
+    if layout is None or layout.dim in chosen or step.layouts[1] is not None:
+        raise UnprovenError
+    if all(other is None for other in step.layouts[1:]) and len(chosen) == len(indices):
+        is_adjacent = max(chosen) - min(chosen) == len(chosen) - 1
+        if layout.dim < min(chosen) and is_adjacent:
+            return layout
+    if len(indices) == 1 and len(indices[0]) == 1 and len(chosen) == 1:
+        return layout
+    if len(indices) != 2 or layout != Layout(0) or len(chosen) > 1:
+        raise UnprovenError
+    return _along_first_index(step)
+
+
+def _along_first_index(step: Step) -> Layout:
+    """Return the layout of ``x[samples, positions]``, where the first index counts up and both are broadcast."""
+    _, samples, positions = step.operation.inputs
+    ndim = max(len(samples), len(positions))
+    long = [dim for dim, size in enumerate(samples) if size != 1]
+    if len(long) != 1:
+        raise UnprovenError
+    layout = Layout(long[0] + ndim - len(samples))
+    other = step.layouts[2]
+    if other is not None and other.moved(other.dim + ndim - len(positions)) != layout:
+        raise UnprovenError
+    return layout
