@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from lightning_gradmetrics.classifier.notices import RANDOM, first_time
 from lightning_gradmetrics.engine.passes.agreement import VerificationNotes
 from lightning_gradmetrics.engine.passes.folding import FoldingTracer
-from lightning_gradmetrics.engine.passes.freed_memory import keep_freed_memory
 from lightning_gradmetrics.engine.passes.gather import MomentTable
 from lightning_gradmetrics.engine.passes.known_calls import KnownPath
 from lightning_gradmetrics.engine.passes.known_path import DirectPass, KnownTracer
@@ -276,8 +275,6 @@ def collect_on_path(
         PathChanged: If it does not follow the path.
     """
     freeze(task)
-    if path.is_large:
-        keep_freed_memory()
     tracer: DirectPass | KnownTracer
     if path.is_direct:
         tracer = (LargePass if path.is_large else DirectPass)(path, task, table.add)
