@@ -118,7 +118,7 @@ class ModelRecord:
         self._memory = MemoryRecord(filter(is_ordinary, self.parameters))
         self._values = TensorRecords(self.tensors())
         self._written = list(map(TensorRecord, filter(is_written, self.parameters)))
-        self._shown: list[tuple[Tensor, Tensor, TensorRecord]] = []
+        self._shown: dict[int, tuple[Tensor, Tensor, TensorRecord]] = {}
         for parameter in filter(has_read_gradient, self.parameters):
             self.show_gradient(parameter)
         note_open(model, self)
@@ -142,20 +142,20 @@ class ModelRecord:
 
         Only those that forward passes read stay, and are copied.
         """
-        shown = {id(parameter) for parameter, _, _ in self._shown}
         for parameter, (_, gradient) in zip(self.parameters, self._requirements, strict=True):
             if gradient is None or gradient.dtype is not parameter.dtype:  # others could not be assigned again
                 continue
-            if id(parameter) not in shown:
+            if id(parameter) not in self._shown:
                 parameter.grad = None
 
     def show_gradient(self, parameter: Tensor) -> None:
         """Set the ``.grad`` of a parameter to that of this state, and store its values."""
+        if id(parameter) in self._shown:
+            return
         for other, (_, gradient) in zip(self.parameters, self._requirements, strict=True):
-            is_shown = any(parameter is known for known, _, _ in self._shown)
-            if other is parameter and gradient is not None and not is_shown:
+            if other is parameter and gradient is not None:
                 parameter.grad = gradient
-                self._shown.append((parameter, gradient, TensorRecord(gradient)))
+                self._shown[id(parameter)] = parameter, gradient, TensorRecord(gradient)
 
     def restore(self) -> None:
         """Set everything to this state."""
@@ -197,7 +197,7 @@ class ModelRecord:
         self._memory.restore()
         for written in self._written:
             written.restore()
-        for parameter, gradient, record in self._shown:
+        for parameter, gradient, record in self._shown.values():
             record.restore()
             if parameter.grad is not gradient:
                 parameter.grad = gradient

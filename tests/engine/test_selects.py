@@ -87,10 +87,9 @@ def test_selected_entries(mix, monkeypatch):
 
 def test_backward_pass_has_one_node_for_all_entries():
     x = (torch.randn(3, 2**15) * 1).requires_grad_() * 1
-    with selects.joined_selects(True):
+    with selects.joined_selects():
         q, k, v = x[0], x[1], x[2]
     assert {q.grad_fn, k.grad_fn, v.grad_fn} == {q.grad_fn}
-    with selects.joined_selects(False):
-        assert x[0].grad_fn.name() == "SelectBackward0"
+    assert x[0].grad_fn.name() == "SelectBackward0"
     (gradient,) = torch.autograd.grad(q.sum() + 2 * v.sum(), x)
     assert gradient[:, 0].tolist() == [1, 0, 2]

@@ -74,18 +74,12 @@ class _Joined(TorchFunctionMode):
 
 
 @contextmanager
-def joined_selects(is_enabled: bool) -> Iterator[None]:
+def joined_selects() -> Iterator[None]:
     """Join the selected entries of each tensor inside the block.
-
-    Args:
-        is_enabled: Whether to do anything.
 
     Raises:
         SelectsRefused: If the model changes one of them in place.
     """
-    if not is_enabled:
-        yield
-        return
     try:
         with _Joined():
             yield

@@ -245,7 +245,7 @@ def collect_fast(
     if isinstance(tracer, FoldingTracer):
         logits = tracer.forward(task)
     elif notes is None or not notes.finds_uses:
-        with joined_selects(plan is not None and plan.selects), tracer:
+        with joined_selects() if plan is not None and plan.selects else nullcontext(), tracer:
             logits = task.forward()
     else:
         logits = _forward_with_notes(task, tracer, notes)
@@ -281,7 +281,7 @@ def collect_on_path(
     else:
         tracer = KnownTracer(plan, table.add, path, task, free)
     try:
-        with joined_selects(True) if path.is_large and plan.selects else nullcontext(), tracer:
+        with joined_selects() if path.is_large and plan.selects else nullcontext(), tracer:
             logits = task.forward()
         tracer.require_end(logits)
     except Exception as error:

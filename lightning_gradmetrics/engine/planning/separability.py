@@ -163,10 +163,10 @@ class _Proof:
     def _layouts_of(self, small: Operation, large: Operation) -> Sequence[Layout]:
         known = []
         filled = self._filled(large)
-        placed = self.layouts.keys() | self.repeated.keys()
-        varies = any(serial in placed for serial, same in zip(large.input_serials, filled, strict=True) if not same)
+        found = [self.layouts.get(serial, self.repeated.get(serial)) for serial in large.input_serials]
+        varies = any(layout is not None and not same for layout, same in zip(found, filled, strict=True))
         for number, (serial, memory) in enumerate(zip(large.input_serials, large.memory, strict=True)):
-            layout = self.layouts.get(serial, self.repeated.get(serial))
+            layout = found[number]
             if varies and filled[number] and memory not in large.written:
                 layout = None  # it has every layout
             grown = small.inputs[number] != large.inputs[number]

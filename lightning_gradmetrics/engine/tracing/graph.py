@@ -14,8 +14,8 @@ from lightning_gradmetrics.engine.tracing.calls import opened
 
 __all__ = [
     "Copies",
-    "Root",
     "GroupNormCrashError",
+    "Root",
     "ends_of_group_norms",
     "gradients_at",
     "reached_parameters",

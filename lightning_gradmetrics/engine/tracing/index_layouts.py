@@ -29,9 +29,8 @@ def joined_at(step: Step) -> Layout:
     """Values written to the same positions of another axis of all samples."""
     target, index, source = step.layouts
     dim = step.operation.arguments["dim"] % len(step.shape)
-    if source is None or index is not None or target not in (None, source) or source.dim == dim:
-        raise UnprovenError
-    if step.operation.written:
+    is_other = source is None or source.dim == dim or index is not None or target not in (None, source)
+    if source is None or is_other or step.operation.written:
         raise UnprovenError
     return source
 

@@ -66,7 +66,7 @@ def _expanded(step: Step) -> Layout:
 
 
 def _kept(step: Step) -> Layout:
-    """Return the layout after an operation that adds or removes the last axis only."""
+    """Return the layout after an operation on each entry, or one that adds or removes the last axis."""
     if step.first.dim >= min(len(step.shape), len(step.operation.outputs[0])):
         raise UnprovenError
     return step.first
@@ -128,8 +128,12 @@ def _rows(step: Step) -> Layout:
 def _rows_of_all(step: Step) -> Layout:
     """The same for operations on several tensors with one row per sample."""
     layout = step.layouts[0]
-    is_same = layout is not None and all(other == layout for other in step.layouts)
-    if not is_same or layout is None or layout.dim != 0 or step.operation.outputs[0][0] != step.shape[0]:
+    if (
+        layout is None
+        or layout.dim != 0
+        or set(step.layouts) != {layout}
+        or step.operation.outputs[0][0] != step.shape[0]
+    ):
         raise UnprovenError
     return layout
 
