@@ -91,12 +91,12 @@ def _quantile(values: Tensor, number: Tensor, quantile: float) -> Tensor:
     position = quantile * float(number.sum() - 1)
     ranks = torch.tensor([int(position), -int(-position // 1)], device=values.device)
     low, high = values[torch.searchsorted(number.cumsum(0), ranks, right=True)]
-    value = torch.lerp(low, high, position - int(position))
+    weight = position - int(position)
+    value = torch.lerp(low, high, weight)
     if bool(torch.isfinite(value)):
         return value
-    return 2 * torch.lerp(
-        low / 2, high / 2, position - int(position)
-    )  # the difference of two finite numbers was infinite
+    # The difference of two finite numbers was infinite.
+    return 2 * torch.lerp(low / 2, high / 2, weight)
 
 
 def spearman(scores: Tensor) -> Tensor:
