@@ -34,6 +34,15 @@ def _filled_with(h: Tensor, index: int) -> Tensor:
     return h * mask
 
 
+def _in_two_orders(h: Tensor) -> Tensor:
+    rows = h.detach().flatten(1)
+    memory = torch.zeros(rows.numel())
+    first, second = memory.view(-1, len(h)), memory.view(len(h), -1)
+    first.copy_(rows.t())
+    second.copy_(rows)
+    return h.flatten(1) * first.t()
+
+
 APART: dict[str, Callable[[Tensor], Tensor]] = {
     "fold": lambda h: F.fold(F.unfold(h, 3, padding=1), (6, 6), 3, padding=1),
     "grid_sample": lambda h: F.grid_sample(h, h[:, :2].permute(0, 2, 3, 1), align_corners=False),
@@ -75,6 +84,8 @@ APART: dict[str, Callable[[Tensor], Tensor]] = {
         len(h), -1
     ),
     "mask of channels": lambda h: _filled_with(h, 1),
+    "pooling with channels last": lambda h: F.adaptive_avg_pool2d(h.to(memory_format=torch.channels_last), 1),
+    "gather from ones": lambda h: torch.ones(len(h), 36).gather(1, h.flatten(2)[:, 0].argsort(1)),
 }
 
 MIXED: dict[str, Callable[[Tensor], Tensor]] = {
@@ -103,6 +114,11 @@ MIXED: dict[str, Callable[[Tensor], Tensor]] = {
     ),
     "repeated samples": lambda h: h.flatten(1).repeat(2, 1).view(len(h), -1),
     "the first sample": lambda h: _filled_with(h, 0),
+    "strides of a copy": lambda h: h.flatten(1)[:, :36].as_strided((len(h), 36), (36, 1)),
+    "gather from a table": lambda h: SQUARE.gather(1, h[:, 0, 0].argsort(1)),
+    "scatter of a table": lambda h: torch.zeros(len(h), 6).scatter(1, h[:, 0, 0].argsort(1), SQUARE),
+    "memory in two orders": _in_two_orders,
+    "as many pieces as samples": lambda h: torch.cat(h.flatten(1).split(144 // len(h), 1)[::-1], 1),
 }
 
 

@@ -115,8 +115,11 @@ class _Proof:
         varied = large.hidden or _varied(small, large)
         if large.name in _READING:
             return
+        if len(small.outputs) != len(large.outputs):  # the number of pieces depends on that of the samples
+            raise UnprovenError
         if self.numbers.intersection(serials) or _is_number_of_all(large):
-            if large.hidden or not _stays_a_number(large, self.numbers | self.layouts.keys()):
+            replaces_samples = bool(large.written) and not self.numbers.issuperset(large.output_serials)
+            if large.hidden or replaces_samples or not _stays_a_number(large, self.numbers | self.layouts.keys()):
                 raise UnprovenError
             self.numbers.update(large.output_serials)
         elif large.name in _CONSTANT and not varied:
@@ -173,8 +176,7 @@ class _Proof:
             counts_up = large.name == "index" and number == 1 and serial in self.counting
             if layout is None and grown and serial not in self.uniform and not counts_up:
                 raise UnprovenError
-            is_replaced = large.name == "copy_" and number == 0
-            is_overwritten = memory in self.written and serial not in self.layouts and not is_replaced
+            is_overwritten = memory in self.written and serial not in self.layouts
             if serial in self.sized or is_overwritten:
                 raise UnprovenError
             known.append(layout)

@@ -29,6 +29,7 @@ SAMPLES, WEIGHTS = 1, 2
 _INDEXING = frozenset(["index", "_unsafe_index", "index_put", "index_put_", "_unsafe_index_put", "_index_put_impl_"])
 _ORDERING = ("sort", "argsort", "msort", "topk", "kthvalue", "median", "nanmedian", "mode", "cummax", "cummin")
 _ALONG_INDEX = ("index_", "gather", "scatter", "take", "put")
+_STRIDED = frozenset(["as_strided", "as_strided_"])
 _BOUNDARIES = frozenset(["offs", "offsets", "lengths", "batch_sizes", "per_sample_weights"])
 
 
@@ -145,6 +146,8 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             bits |= SAMPLES
         shapes = _shapes(tensors)
         chosen, by_data, read = self._choices(schema, bits, arguments, tensors)
+        if schema.name in _STRIDED:
+            plain["keeps_entries"] = _keeps_entries(arguments)
         result = func(*args, **kwargs)
         outputs, written = list(tensors_in(result)), []
         if schema.written:  # such an operation may replace the memory of a tensor
@@ -262,6 +265,16 @@ def _parted(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[Tensor]]
             if not inside and not isinstance(value, torch.ScriptObject):
                 plain[name] = value
     return plain, tensors
+
+
+def _keeps_entries(arguments: Mapping[str, Any]) -> bool:
+    """Return whether the entries of a strided view are those of its argument, as where torch sets the strides of axes of length 1."""
+    tensor, size, stride = arguments["self"], arguments["size"], arguments["stride"]
+    if tuple(size) != tensor.shape or arguments["storage_offset"] not in (None, tensor.storage_offset()):
+        return False
+    return all(
+        before == after or length == 1 for length, before, after in zip(size, tensor.stride(), stride, strict=True)
+    )
 
 
 def _counts_up(index: Tensor, length: int) -> bool:

@@ -8,9 +8,10 @@ __all__ = ["gathered", "joined_at", "looked_up", "picked", "scattered"]
 
 
 def gathered(step: Step) -> Layout:
-    """Gather along another axis; the values may be the same for all samples."""
+    """Gather along another axis; the values may be equal at all positions."""
     source, index = step.layouts
-    if index is None or source not in (None, index) or index.dim == step.operation.arguments["dim"] % len(step.shape):
+    is_other = source not in (None, index) or _is_table(step, 0)
+    if index is None or is_other or index.dim == step.operation.arguments["dim"] % len(step.shape):
         raise UnprovenError
     return index
 
@@ -20,6 +21,7 @@ def scattered(step: Step) -> Layout:
     target, index, *source = step.layouts
     dim = step.operation.arguments["dim"] % len(step.shape)
     is_other = index is None or index.dim == dim or any(layout not in (None, index) for layout in (target, *source))
+    is_other = is_other or (bool(source) and _is_table(step, 2))
     if index is None or is_other or step.operation.written:
         raise UnprovenError
     return index
@@ -72,3 +74,8 @@ def _along_first_index(step: Step) -> Layout:
     if other is not None and other.moved(other.dim + ndim - len(positions)) != layout:
         raise UnprovenError
     return layout
+
+
+def _is_table(step: Step, number: int) -> bool:
+    """Return whether an argument without samples is as long for any number of them, so that sample ``n`` would read its row ``n``."""
+    return step.layouts[number] is None and step.small.inputs[number] == step.operation.inputs[number]

@@ -238,11 +238,9 @@ def _stacked(step: Step) -> Layout:
     return layout.moved(layout.dim + (dim <= layout.dim))
 
 
-def _strided_rows(step: Step) -> Layout:
-    """As strided: the shape stays, and the strides keep each sample in one piece."""
-    arguments, shape = step.operation.arguments, step.shape
-    in_one_piece = arguments["stride"][0] == math.prod(shape[1:]) and not arguments.get("storage_offset")
-    if step.first != Layout(0) or list(arguments["size"]) != list(shape) or not in_one_piece:
+def _strided(step: Step) -> Layout:
+    """As strided: the entries stay where they are."""
+    if not step.operation.arguments["keeps_entries"]:
         raise UnprovenError
     return step.first
 
@@ -332,7 +330,7 @@ _FAMILIES: dict[Callable[[Step], Any], str] = {
     _before_shape: "native_layer_norm _fused_rms_norm rms_norm",
     _joined: "cat",
     _stacked: "stack",
-    _strided_rows: "as_strided as_strided_",
+    _strided: "as_strided as_strided_",
     aligned: "log_sigmoid_forward polar complex hardswish hardsigmoid hardtanh relu6 _prelu_kernel copy fill zero masked_fill",
     _product: "mm bmm matmul mv linear",
     _shifted_product: "addmm baddbmm",
