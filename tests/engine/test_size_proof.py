@@ -273,6 +273,7 @@ QUESTIONS: dict[str, Callable[[Tensor], Any]] = {
     "all": lambda mask: mask.all(),
     "any": lambda mask: not (~mask).any(),
     "sum": lambda mask: mask.sum() == mask.numel(),
+    "in": lambda mask: False not in mask,
 }
 
 

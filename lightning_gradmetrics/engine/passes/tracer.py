@@ -123,7 +123,7 @@ class Tracer(TracerState):
         if not read:
             self.reads.reductions.add(func, args, result)
         for tensor in read:
-            if not self.reads.matches(tensor, value):
+            if not self.reads.matches(value, self.reads.reductions.of_read(func, args, tensor, result)):
                 raise PlanError("Python reads a different value from a tensor than planned")
 
     def _next_step(self, function: Any, sources: tuple[Source, ...]) -> Step | None:

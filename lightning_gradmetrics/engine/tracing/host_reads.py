@@ -63,19 +63,22 @@ class Reduction:
         source: The tensor.
         number: The result.
         count: The integer that the sum was compared with, as in ``mask.sum() == mask.numel()``.
-        versions: The versions of both tensors.
+        versions: The versions of both tensors; zero for a number that is none.
+        element: The number that was searched for, as in ``0 in tokens``.
     """
 
     name: str
     source: Tensor
-    number: Tensor
+    number: Tensor | bool
     count: int | None = None
     versions: tuple[int, int] = (0, 0)
+    element: float | None = None
 
     @property
     def is_current(self) -> bool:
         """Whether neither tensor was changed in place since."""
-        return self.versions == (version_of(self.source), version_of(self.number))
+        version = version_of(self.number) if isinstance(self.number, Tensor) else 0
+        return self.versions == (version_of(self.source), version)
 
     def of_samples(self, layout: Layout, size: int, count: int | None) -> Tensor | None:
         """Return the value of each sample alone, ``(N,)``; ``None`` if it is not known.
@@ -91,7 +94,7 @@ class Reduction:
         axes = self.source.detach().movedim(layout.dim, 0)
         split = axes.unflatten(0, (layout.outer, size, layout.inner))  # type: ignore[no-untyped-call]
         rows = split.movedim(1, 0).flatten(1)
-        values = _BY_ROW[self.name](rows)
+        values = _BY_ROW[self.name](rows if self.element is None else rows == self.element)
         return values if count is None else values == count
 
 
@@ -118,9 +121,13 @@ class Reductions:
                 versions = before.versions[0], version_of(result)
                 self._known[id(result)] = replace(before, number=result, count=args[1], versions=versions)
 
-    def of(self, tensor: Tensor) -> Reduction | None:
-        """Return the reduction whose result is a tensor."""
-        return self._known.get(id(tensor))
+    def of_read(self, function: Any, args: Sequence[Any], tensor: Tensor, result: Any) -> Reduction | None:
+        """Return the reduction whose result a call reads, if it is known: that of a tensor, or the call itself, as in ``0 in tokens``."""
+        if function is not Tensor.__contains__:
+            return self._known.get(id(tensor))
+        if len(args) != 2 or type(args[1]) not in (bool, int, float):
+            return None
+        return Reduction("any", tensor, result, element=args[1], versions=(version_of(tensor), 0))
 
 
 def host_value(result: Any) -> Any:
@@ -183,19 +190,23 @@ class ReadWatch:
         self._any_sample = False
         self.reductions = Reductions()
 
-    def matches(self, tensor: Tensor, result: Any) -> bool:
-        """Return whether a value is the next planned one, and note the samples for which it would be different."""
+    def matches(self, result: Any, reduction: Reduction | None) -> bool:
+        """Return whether a value is the next planned one, and note the samples for which it would be different.
+
+        Args:
+            result: The value.
+            reduction: How it was computed from a tensor, if that is known.
+        """
         planned = self.planned or ()
         if self._seen >= len(planned) or planned[self._seen].value != host_value(result):
             return False
         read = planned[self._seen]
         self._seen += 1
         if read.by_samples and self.size > 1:
-            self._note_samples(read, tensor)
+            self._note_samples(read, reduction)
         return True
 
-    def _note_samples(self, read: PlannedRead, tensor: Tensor) -> None:
-        reduction = self.reductions.of(tensor)
+    def _note_samples(self, read: PlannedRead, reduction: Reduction | None) -> None:
         if reduction is None or read.layout is None or not self._is_comparable(read, reduction):
             self._any_sample = True
             return

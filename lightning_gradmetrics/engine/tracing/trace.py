@@ -113,7 +113,8 @@ class CallTrace(OpeningMode):
         result = func(*args, **kwargs)
         read, value = tensors_read(func, args, kwargs, result)
         for tensor in read:
-            self.reads.append(HostRead(host_value(value), len(self.calls), tensor, self._reductions.of(tensor)))
+            reduction = self._reductions.of_read(func, args, tensor, result)
+            self.reads.append(HostRead(host_value(value), len(self.calls), tensor, reduction))
             if self._on_read is not None:
                 self._on_read(tensor)
         if not read:
