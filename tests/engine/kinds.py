@@ -278,6 +278,25 @@ def _written_behind_a_gate(net: Net, x: Tensor) -> Tensor:
     return net.head(rows[:, 0] + F.relu(rows[:, 1] * x - 5))
 
 
+def _assigned_behind_a_gate(net: Net, x: Tensor) -> Tensor:
+    rows = torch.tanh(net.a(x)).clone()
+    rows[:, 1:3] = net.scale[1:3]
+    return net.head(torch.tanh(net.a(x)) + F.relu(rows * x - 5))
+
+
+def _view_changed_behind_a_gate(net: Net, x: Tensor) -> Tensor:
+    table = torch.zeros(4, WIDTH, dtype=x.dtype)
+    row = table[1]
+    row.copy_(net.scale)
+    return net.head(torch.tanh(net.a(x)) + F.relu(table[1] * x - 5))
+
+
+def _sum_in_place_behind_a_gate(net: Net, x: Tensor) -> Tensor:
+    scale = net.head.weight[0] * 1
+    scale[1:].add_(net.scale[1:])
+    return net.head(torch.tanh(net.a(x)) + F.relu(scale * x - 5))
+
+
 def _closed_and_open() -> list[tuple[Callable[[nn.Module], Any], Any]]:
     return [(_nothing, 0.1 * numbers(4, WIDTH)), (_nothing, 30 * numbers(4, WIDTH))]
 
@@ -366,6 +385,9 @@ EXACT: dict[str, Kind] = {
     "a branch for some samples": Kind(_of(_some_rows), _rows(5, 5, 1, 5)),
     "a custom function behind a gate": Kind(_of(_custom_behind_a_gate), _closed_and_open),
     "a parameter written behind a gate": Kind(_of(_written_behind_a_gate), _closed_and_open),
+    "a part of a parameter assigned behind a gate": Kind(_of(_assigned_behind_a_gate), _closed_and_open),
+    "a view changed in place behind a gate": Kind(_of(_view_changed_behind_a_gate), _closed_and_open),
+    "a sum of parameters in place behind a gate": Kind(_of(_sum_in_place_behind_a_gate), _closed_and_open),
     "a custom function that clips": Kind(
         _of(lambda net, x: net.head(_Clipped.apply(torch.tanh(net.a(x))))),
         lambda: [(_nothing, 5 * numbers(4, WIDTH))],

@@ -197,6 +197,18 @@ def test_a_change_of_a_known_path_is_noticed(name: str, is_large: bool, monkeypa
     require_equal(model, batch())
 
 
+def test_a_constant_that_python_reads() -> None:
+    """It is part of the path: a weight or a buffer may change between batches."""
+    torch.manual_seed(0)
+    model = Net(lambda net, h: h * 2 if bool((net.near > 0).all()) else h).double().eval()
+    for _ in range(4):
+        require_equal(model, batch())
+    assert len(paths_of(model)) == 1
+    for value in (0.0, 1.0):
+        model.near.fill_(value)
+        require_equal(model, batch())
+
+
 @pytest.mark.parametrize("odd", [1, 5])
 def test_a_path_is_known_again_after_an_odd_batch(odd: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether the batch before it has a known path or not; if all batches are odd, few are recorded."""

@@ -43,6 +43,15 @@ def _in_two_orders(h: Tensor) -> Tensor:
     return h.flatten(1) * first.t()
 
 
+def _written(h: Tensor, memory: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
+    """Return the entries of a constant that values were written into, or into a view of this shape."""
+    if shape is None:
+        memory[:, 1:] = h[:, 1:]
+    else:
+        memory.view(shape).copy_(h)
+    return memory.view(-1, 144)
+
+
 APART: dict[str, Callable[[Tensor], Tensor]] = {
     "fold": lambda h: F.fold(F.unfold(h, 3, padding=1), (6, 6), 3, padding=1),
     "grid_sample": lambda h: F.grid_sample(h, h[:, :2].permute(0, 2, 3, 1), align_corners=False),
@@ -86,6 +95,10 @@ APART: dict[str, Callable[[Tensor], Tensor]] = {
     "mask of channels": lambda h: _filled_with(h, 1),
     "pooling with channels last": lambda h: F.adaptive_avg_pool2d(h.to(memory_format=torch.channels_last), 1),
     "gather from ones": lambda h: torch.ones(len(h), 36).gather(1, h.flatten(2)[:, 0].argsort(1)),
+    "constants where a mask is true": lambda h: h.index_put((h > 0.5,), torch.tensor(0.5)),
+    "equal numbers of rows": lambda h: h[h[:, :, 0].argsort(-1) > 2].view(len(h), -1),
+    "written into a constant": lambda h: _written(h, h.new_zeros(len(h), 4, 6, 6)),
+    "written into flat memory": lambda h: _written(h, h.new_zeros(len(h) * 4, 6, 6).view(-1, 4, 6, 6)),
 }
 
 MIXED: dict[str, Callable[[Tensor], Tensor]] = {
@@ -119,6 +132,9 @@ MIXED: dict[str, Callable[[Tensor], Tensor]] = {
     "scatter of a table": lambda h: torch.zeros(len(h), 6).scatter(1, h[:, 0, 0].argsort(1), SQUARE),
     "memory in two orders": _in_two_orders,
     "as many pieces as samples": lambda h: torch.cat(h.flatten(1).split(144 // len(h), 1)[::-1], 1),
+    "numbers of rows that differ": lambda h: h[h[:, :, 0, 0] > 0.5].sum(0, keepdim=True).expand(len(h), 6, 6),
+    "a mask of other samples": lambda h: h.index_put((h.flip(0) > 0.5,), torch.tensor(0.5)),
+    "written in another order": lambda h: _written(h.transpose(0, 1), h.new_zeros(len(h) * 4, 6, 6), (4, -1, 6, 6)),
 }
 
 

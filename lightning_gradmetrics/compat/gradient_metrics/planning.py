@@ -14,8 +14,10 @@ from lightning_gradmetrics.classifier.forward import gradients_enabled
 from lightning_gradmetrics.classifier.preservation import preserved
 from lightning_gradmetrics.classifier.tensor_records import first_pass_watched
 from lightning_gradmetrics.compat.gradient_metrics.verification import Record
-from lightning_gradmetrics.engine.passes.plan import Changes, Plan, PlanError, make_plan
+from lightning_gradmetrics.engine.passes.plan import Plan, PlanError
 from lightning_gradmetrics.engine.planning.probe import changed_positions, outline
+from lightning_gradmetrics.engine.planning.step_layouts import Changes
+from lightning_gradmetrics.engine.planning.steps import make_plan
 from lightning_gradmetrics.engine.tracing.axes import Axis, axis_between
 from lightning_gradmetrics.engine.tracing.calls import map_arguments, tensors_in
 from lightning_gradmetrics.engine.tracing.dependence import DependenceTrace, choice_by_data

@@ -18,11 +18,11 @@ __all__ = ["KnownCall", "KnownPath", "TensorList", "described", "is_equal", "rel
 
 @dataclass(frozen=True)
 class TensorList:
-    """An argument that is a list or a tuple of tensors, as those of ``torch.cat``.
+    """An argument that is a list or a tuple with tensors, as those of ``torch.cat``, or an index like ``mask, :``.
 
     Args:
         kind: Its type.
-        numbers: The numbers of the tensors among the entries of the path.
+        numbers: The numbers of its items among the entries of the path, negative for constants.
         pick: Returns them from the entries.
     """
 
@@ -31,10 +31,16 @@ class TensorList:
     pick: Picker
 
     def matches(self, value: Any, entries: Sequence[Any]) -> bool:
-        """Return whether an argument is a list of these tensors."""
+        """Return whether an argument is a list of these items."""
         if type(value) is not self.kind or len(value) != len(self.numbers):
             return False
-        return all(map(is_, value, self.pick(entries)))
+        expected = self.pick(entries)
+        if all(map(is_, value, expected)):
+            return True
+        for item, number, entry in zip(value, self.numbers, expected, strict=True):
+            if item is not entry and (number >= 0 or not is_equal(item, entry)):
+                return False
+        return True
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,8 @@ class KnownCall:
         released: The numbers of the results whose last use is this call, on a large path.
         is_norm: Whether it is a batch norm whose output is that of the folded convolution before it.
         results: The description of a result that is not a single tensor; see :func:`described`.
+        marks: The number of entries of each sample that a mask must select, if it is such a call.
+        samples: The number of samples.
     """
 
     function: Any
@@ -74,6 +82,8 @@ class KnownCall:
     released: tuple[int, ...] = ()
     is_norm: bool = False
     results: tuple[Any, ...] = ()
+    marks: int | None = None
+    samples: int = 0
 
     @property
     def made(self) -> int:
@@ -155,6 +165,8 @@ def releasing(calls: Sequence[KnownCall], leaves: int, end: int) -> list[KnownCa
 def described(result: Any) -> tuple[Any, ...] | None:
     """Return the type, and of each entry the type and shape, of a result: ``None``, a tensor, or a list or a tuple of both.
 
+    A number is described by its value.
+
     Returns:
         The description; ``None`` for other results.
 
@@ -162,6 +174,8 @@ def described(result: Any) -> tuple[Any, ...] | None:
         >>> described((torch.ones(2), None))
         (<class 'tuple'>, (torch.float32, torch.Size([2])), None)
     """
+    if type(result) in (bool, int, float):
+        return ((type(result), repr(result)),)
     if type(result) not in (type(None), Tensor, tuple, list):
         return None
     described: list[Any] = [type(result)]

@@ -17,6 +17,7 @@ from lightning_gradmetrics.engine.passes.path_record import PathRecorder, leaves
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.engine.tracing.calls import tensors_in
 from lightning_gradmetrics.engine.tracing.graph import storing_hooks
+from lightning_gradmetrics.engine.tracing.masks import marks_so_many, selecting_mask
 from lightning_gradmetrics.engine.tracing.model_state import ForwardState, quiet_no_grad
 from lightning_gradmetrics.engine.tracing.outline import Outline, Recording
 
@@ -88,6 +89,8 @@ class PathFollower:
         self._place = place + 1
         if not self._has_arguments(known, values) or tuple(kwargs) != known.names:
             self._lose()
+        if known.marks is not None and not self._has_marks(known, values):
+            self._lose()
         return known
 
     def _note(self, known: KnownCall, result: Any) -> None:
@@ -144,6 +147,11 @@ class PathFollower:
                     return False
         usual = torch.is_grad_enabled() is known.has_gradients and not torch.is_inference_mode_enabled()
         return usual and not storing_hooks(True)
+
+    def _has_marks(self, known: KnownCall, values: Sequence[Any]) -> bool:
+        """Return whether a mask selects as many rows of each sample as the recorded one."""
+        mask = selecting_mask(known.function, values)
+        return mask is not None and known.marks is not None and marks_so_many(mask, known.marks, known.samples)
 
     def require_end(self, logits: Tensor) -> None:
         """Require that the model made all calls, and that the logits are the recorded tensor.

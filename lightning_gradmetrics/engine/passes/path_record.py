@@ -23,8 +23,9 @@ from lightning_gradmetrics.engine.rules import Call, Rule
 from lightning_gradmetrics.engine.rules.folded import FOLDED
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.engine.tracing.axes import Axis
-from lightning_gradmetrics.engine.tracing.calls import has_tensors, tensors_in
+from lightning_gradmetrics.engine.tracing.calls import HOST_READS, has_tensors, tensors_in
 from lightning_gradmetrics.engine.tracing.graph import saves_through_hooks
+from lightning_gradmetrics.engine.tracing.masks import selecting_mask
 from lightning_gradmetrics.engine.tracing.outline import Outline
 
 __all__ = ["MOST_BYTES", "PathRecorder", "leaves_of"]
@@ -35,7 +36,7 @@ last use, and gradients are collected as they arrive."""
 
 
 def leaves_of(task: Task, inputs: Any = None) -> list[Tensor] | None:
-    """Return the inputs, parameters, buffers and tensors among the attributes; ``None`` if two are the same tensor.
+    """Return the inputs, parameters, buffers and tensors among the attributes, each once; ``None`` if the model has no record.
 
     Args:
         task: The batch.
@@ -44,7 +45,7 @@ def leaves_of(task: Task, inputs: Any = None) -> list[Tensor] | None:
     if task.record is None:
         return None
     leaves = [*tensors_in(task.inputs if inputs is None else inputs), *task.record.parameters, *task.record.tensors()]
-    return leaves if len(set(map(id, leaves))) == len(leaves) else None
+    return list(dict(zip(map(id, leaves), leaves, strict=True)).values())
 
 
 def _chosen_leaves(task: Task, leaves: Sequence[Tensor]) -> tuple[int, ...]:
@@ -63,9 +64,10 @@ class PathRecorder:
         task: The batch.
         is_large: Whether the path is a large one in any case.
         lays_out: Whether images are laid out channels last.
+        reads: How often Python reads a value.
     """
 
-    def __init__(self, task: Task, is_large: bool = False, lays_out: bool = False) -> None:
+    def __init__(self, task: Task, is_large: bool = False, lays_out: bool = False, reads: int = 0) -> None:
         leaves = leaves_of(task)
         self._is_simple = leaves is not None
         self._count = len(leaves or ())
@@ -76,13 +78,16 @@ class PathRecorder:
         self._held: dict[int, HeldStep] = {}
         self._steps = self._bytes = self._made = 0
         self._norms: set[int] = set()
+        self._marks: int | None = None
+        self._samples, self._reads = task.size, reads
         self._is_large, self._lays_out = is_large, lays_out
         self.inside = InnerCalls()
 
     def path(self) -> KnownPath | None:
         """Return the path; ``None`` if a call has arguments or results that cannot be compared."""
         is_large, is_direct = self._is_large or self._bytes > MOST_BYTES, self._is_direct()
-        if self._end is None or not self._is_simple or (self._norms and not is_direct):
+        reads = sum(_is_read(call.function) for call in self._calls)
+        if self._end is None or not self._is_simple or reads != self._reads or (self._norms and not is_direct):
             return None
         changes = self._end[1]
         for call in self._calls:
@@ -137,6 +142,10 @@ class PathRecorder:
             length = call.values["input"].shape[call.axis.dim]
             self._held[position] = HeldStep(step, rule, names, call.axis, call.out, call.slots, length, run)
 
+    def note_mask(self, marks: int | None) -> None:
+        """Note how many rows of each sample the next call selects by a mask; ``None`` if that is not compared."""
+        self._marks = marks
+
     def note_fold(
         self, outline: Outline, position: int, step: Step, fold: Fold, slots: Mapping[str, Source], tensors: Any
     ) -> None:
@@ -179,6 +188,9 @@ class PathRecorder:
             end: The position after it.
         """
         self._steps, inside, self.inside = end, self.inside, InnerCalls()
+        marks, self._marks = self._marks, None
+        if marks is not None and selecting_mask(function, args) is None:
+            self._is_simple = False  # the mask is inside of the call
         if not self._is_simple or _is_ignored(function, result):
             return
         values = (*args, *kwargs.values())
@@ -201,11 +213,11 @@ class PathRecorder:
         compared = (function, tuple(numbers), picker(numbers), tuple(kwargs), has_gradients, dtype, shape)
         call = KnownCall(*compared, end > start, held, inner, spare, tuple(tensors))
         is_norm = end == start + 1 and start in self._norms
-        self._calls.append(replace(call, is_norm=is_norm, results=results or ()))
+        self._calls.append(replace(call, is_norm=is_norm, results=results or (), marks=marks, samples=self._samples))
 
     def _number(self, outline: Outline, value: Any, tensors: list[tuple[int, int]]) -> Any:
         """Return the number of an argument, and add the tensors in it; ``None`` if it cannot be compared."""
-        if type(value) in (list, tuple) and value and all(isinstance(item, Tensor) for item in value):
+        if type(value) in (list, tuple) and any(isinstance(item, Tensor) for item in value):
             numbers = [self._number(outline, item, tensors) for item in value]
             if None in numbers:
                 return None
@@ -236,12 +248,20 @@ class PathRecorder:
 
 
 def _is_ignored(function: Any, result: Any) -> bool:
-    """Return whether an outline ignores a call."""
-    return not has_tensors(result) and (result is not None or getattr(function, "__name__", "") == "_assert")
+    """Return whether an outline ignores a call, and Python reads no value by it."""
+    return (
+        not _is_read(function)
+        and not has_tensors(result)
+        and (result is not None or getattr(function, "__name__", "") == "_assert")
+    )
+
+
+def _is_read(function: Any) -> bool:
+    return getattr(function, "__name__", "") in HOST_READS
 
 
 def _is_comparable(outline: Outline, result: Any) -> bool:
     """Return whether a call can be compared: autograd stores and computes as usual."""
     if torch.is_inference_mode_enabled() or any(map(Tensor.is_inference, tensors_in(result))):
         return False
-    return not (saves_through_hooks() or outline.has_hooks or outline.reads)
+    return not (saves_through_hooks() or outline.has_hooks)

@@ -123,10 +123,12 @@ class Strategy:
     def recorder(self, task: Task, here: tuple[Any, int]) -> PathRecorder | None:
         """Return a recorder for a batch, if earlier batches of its shapes made calls that the proof covers, and no pause holds.
 
-        Python must read no values of tensors.
+        Python must read no values that depend on the samples.
         """
         verified = self.times.get(here, {})
-        if here in self.paths or not verified or self.plan is None or self.plan.reads != ():
+        if here in self.paths or not verified or self.plan is None or self.plan.reads is None:
+            return None
+        if any(read.by_samples for read in self.plan.reads):
             return None
         if self.random or self.quiet or bool(self.slow) or task.memory is not None:
             return None
@@ -137,7 +139,7 @@ class Strategy:
             self.pauses[here] = remaining - 1, length
             return None
         folds = self.folds(task)
-        return PathRecorder(task, folds, folds and self.plan.lays_out)
+        return PathRecorder(task, folds, folds and self.plan.lays_out, len(self.plan.reads))
 
     def folds(self, task: Task) -> bool:
         """Return whether to fold batch norms into convolutions, or to change the layout of images.
@@ -250,6 +252,7 @@ def collect_fast(
     else:
         logits = _forward_with_notes(task, tracer, notes)
     tracer.outline.end(logits)
+    tracer.require_masks()
     if recorder is not None:
         recorder.end(tracer.outline, logits)
     checks(logits, tracer)

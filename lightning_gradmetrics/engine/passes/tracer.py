@@ -90,6 +90,8 @@ class Tracer(TracerState):
         return result
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if self.plan.masks and not self._backward:
+            self._compare_mask(func, args)
         sources = sources_in(self._tracked, args, kwargs)
         if not sources:
             result = func(*args, **kwargs)

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_gradmetrics.engine.passes.path_record import PathRecorder
-from lightning_gradmetrics.engine.passes.plan import Plan, Source
+from lightning_gradmetrics.engine.passes.plan import Plan, PlanError, Source
 from lightning_gradmetrics.engine.tracing.calls import OpeningMode
 from lightning_gradmetrics.engine.tracing.host_reads import ReadWatch
+from lightning_gradmetrics.engine.tracing.masks import MaskWatch, selecting_mask
 from lightning_gradmetrics.engine.tracing.outline import Outline
 
 __all__ = ["TracerState"]
@@ -58,6 +59,25 @@ class TracerState(OpeningMode):
         finally:
             self._open.pop()
 
+    def _compare_mask(self, func: Any, args: Any) -> None:
+        """Compare a mask that selects rows with the plan: it must select the same number of rows of each sample."""
+        mask = selecting_mask(func, args)
+        if mask is None:
+            return
+        if not self.masks.matches(mask):
+            raise PlanError("a mask does not select the planned number of rows of each sample")
+        if self.recorder is not None:
+            self.recorder.note_mask(self.masks.last)
+
+    def require_masks(self) -> None:
+        """Require that all planned masks were compared.
+
+        Raises:
+            PlanError: If they were not.
+        """
+        if self.plan.masks and self.masks.seen != len(self.plan.masks):
+            raise PlanError("the model selects rows by other masks than planned")
+
     @cached_property
     def outline(self) -> Outline:
         """The calls."""
@@ -67,6 +87,11 @@ class TracerState(OpeningMode):
     def reads(self) -> ReadWatch:
         """What Python reads from tensors."""
         return ReadWatch(self.plan.reads, self.size)
+
+    @cached_property
+    def masks(self) -> MaskWatch:
+        """The masks that select rows."""
+        return MaskWatch(self.plan.masks, self.size)
 
     @cached_property
     def anchor(self) -> Tensor:

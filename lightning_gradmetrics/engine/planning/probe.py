@@ -14,15 +14,17 @@ from lightning_gradmetrics.classifier.forward import tensors_in
 from lightning_gradmetrics.engine.inputs.samples import close_rows, input_shapes, same_rows
 from lightning_gradmetrics.engine.kernels.operators import traced_operators
 from lightning_gradmetrics.engine.passes.folding import can_lay_out, find_folds
-from lightning_gradmetrics.engine.passes.plan import Changes, Plan, PlanError, make_plan
+from lightning_gradmetrics.engine.passes.plan import Plan, PlanError
 from lightning_gradmetrics.engine.passes.selects import has_repeated_selects
 from lightning_gradmetrics.engine.planning.mixing import mixes_samples
+from lightning_gradmetrics.engine.planning.planned_values import planned_masks, planned_reads
 from lightning_gradmetrics.engine.planning.probe_samples import parts_of_batch, three_samples, with_row
 from lightning_gradmetrics.engine.planning.separability import layouts_apart
+from lightning_gradmetrics.engine.planning.step_layouts import Changes
+from lightning_gradmetrics.engine.planning.steps import make_plan
 from lightning_gradmetrics.engine.refusals import coupled_model, not_reproducible
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.engine.tracing.dependence import (
-    SAMPLES,
     DependenceTrace,
     choice_by_data,
     hides_reads,
@@ -32,7 +34,7 @@ from lightning_gradmetrics.engine.tracing.dependence import (
 )
 from lightning_gradmetrics.engine.tracing.detaches import used_operations
 from lightning_gradmetrics.engine.tracing.graph import runs_custom_code
-from lightning_gradmetrics.engine.tracing.host_reads import HostRead, PlannedRead
+from lightning_gradmetrics.engine.tracing.host_reads import PlannedRead
 from lightning_gradmetrics.engine.tracing.layouts import Layout
 from lightning_gradmetrics.engine.tracing.model_state import ForwardState, attribute_key, note_volatile, quiet_no_grad
 from lightning_gradmetrics.engine.tracing.outline import HOOKS, Outline, Recording
@@ -111,14 +113,18 @@ def probe_model(task: Task) -> Probe:
     selection = selection_of_samples(*operations)
     if selection:
         raise coupled_model(f"{selection!r} of the samples in {type(task.model).__name__}")
-    reason, reads_inside = choice_by_data(*operations), hides_reads(many.operations)
+    reason, reads_inside = choice_by_data(*operations, strict=False), hides_reads(many.operations)
+    masks: tuple[int | None, ...] | None = ()
     if not (reason or reads_inside):
         layouts = layouts_apart(*operations, many.samples, end)
+        masks = planned_masks(large, many, operations[1])
+    if layouts is None or masks is None:
+        reason, layouts = choice_by_data(*operations), None
     mixes = layouts is None and not reason and mixes_samples(*operations, end)
     sizes = None
     if layouts is not None and not runs_custom_code(logits):
         sizes = size_record(outline_of_two, outline_of_three, input_shapes(three.inputs, three.per_sample))
-    reads = _planned_reads(small, large, many, layouts or {})
+    reads = planned_reads(small, large, many, layouts or {})
     plan: Plan | None = None
     changes: Changes = ()
     if layouts is None or not _one_position_each(small, large):
@@ -137,7 +143,8 @@ def probe_model(task: Task) -> Probe:
     if plan is not None:
         folds = {} if sizes is None else find_folds(plan, large, many, three)
         lays_out = sizes is not None and not random and can_lay_out(plan, large, many)
-        plan = replace(plan, reads=reads, folds=folds, lays_out=lays_out, selects=has_repeated_selects(large))
+        selects = has_repeated_selects(large)
+        plan = replace(plan, reads=reads, masks=masks or (), folds=folds, lays_out=lays_out, selects=selects)
     activations = reads_inside or reads_activations(many.operations)
     alone = "a number computed from all samples enters the forward pass" if uses_totals(many.operations) else ""
     if outline_of_three.has_hooks:
@@ -146,28 +153,6 @@ def probe_model(task: Task) -> Probe:
     seen = activations, alone, layouts is not None, mixes, reads, sizes, random, large.pauses_gradients
     names = frozenset(operation.name for operation in many.operations)
     return Probe(three, logits, after, plan, reason, *seen, size, parts, names)
-
-
-def _planned_reads(
-    small: CallTrace, large: CallTrace, many: DependenceTrace, layouts: Mapping[int, Layout]
-) -> tuple[PlannedRead, ...]:
-    """Return the values that Python reads, and where the samples are in the tensors that they are computed from."""
-    planned = []
-    for number, read in enumerate(large.reads):
-        by_samples = bool(many.depends(read.tensor) & SAMPLES)
-        layout = None if read.reduction is None else layouts.get(many.serial(read.reduction.source))
-        grows = _count_grows(small.reads[number], read) if len(small.reads) == len(large.reads) else None
-        planned.append(PlannedRead(read.value, by_samples, layout, grows))
-    return tuple(planned)
-
-
-def _count_grows(two: HostRead, three: HostRead) -> bool | None:
-    """Return whether a sum is compared with a multiple of the number of samples; ``None`` if that is not known."""
-    small = None if two.reduction is None else two.reduction.count
-    large = None if three.reduction is None else three.reduction.count
-    if small is None or large is None or not (small == large or 3 * small == 2 * large):
-        return None
-    return small != large
 
 
 def _one_position_each(small: CallTrace, large: CallTrace) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 
-from lightning_gradmetrics.engine.tracing.dependence import SAMPLES, Operation
+from lightning_gradmetrics.engine.tracing.dependence import SAMPLES, Operation, finds_one_value
 from lightning_gradmetrics.engine.tracing.layout_rules import LAYOUT_RULES, aligned
 from lightning_gradmetrics.engine.tracing.layouts import Layout, Shape, Step, UnprovenError
 
@@ -47,13 +47,16 @@ _REDUCING = frozenset(["all", "any", "max", "min", "amax", "amin", "sum", "count
 
 
 def _is_number_of_all(operation: Operation) -> bool:
-    """Return whether an operation computes one number from all samples."""
+    """Return whether an operation computes one number from all samples, or finds that all values are equal."""
+    if finds_one_value(operation):
+        return bool(operation.depends & SAMPLES)
     return operation.name in _REDUCING and operation.outputs == ((),) and bool(operation.depends & SAMPLES)
 
 
 def _stays_a_number(operation: Operation, known: Set[int]) -> bool:
     """Return whether numbers computed from all samples are only read by Python, or only lead to other such numbers."""
-    return known >= set(operation.input_serials) and all(shape == () for shape in operation.outputs)
+    is_number = finds_one_value(operation) or all(shape == () for shape in operation.outputs)
+    return is_number and known >= set(operation.input_serials)
 
 
 _READING = frozenset(["read", "_linalg_check_errors"])
@@ -88,7 +91,8 @@ class _Proof:
         numbers: Numbers that are computed from all samples.
         sized: Tensors whose values may depend on the number of samples or on the place of a sample.
         counting: Tensors that contain ``0, 1, ..., N - 1``.
-        written: Memory that other tensors were written into.
+        written: Memory that samples were written into.
+        kept: Such memory of repeated constants, if each sample was written to its own place.
         spread: Memory of constants whose shape grows with the number of samples.
         uneven: Memory of such constants that was changed in place, in the same way for each sample.
     """
@@ -101,6 +105,7 @@ class _Proof:
     sized: set[int] = field(default_factory=set)
     counting: set[int] = field(default_factory=set)
     written: set[int] = field(default_factory=set)
+    kept: set[int] = field(default_factory=set)
     spread: set[int] = field(default_factory=set)
     uneven: set[int] = field(default_factory=set)
 
@@ -152,8 +157,23 @@ class _Proof:
 
     def _place(self, small: Operation, large: Operation) -> None:
         """Find the layouts of an operation's results."""
-        self._set(self.layouts, self._layouts_of(small, large), small, large)
-        self.written.update(large.written)
+        layouts = self._layouts_of(small, large)
+        if large.written:
+            self._note_written(large)
+        self._set(self.layouts, layouts, small, large)
+
+    def _note_written(self, operation: Operation) -> None:
+        """Note the memory that samples are written into, and whether other tensors with this memory keep their layouts."""
+        known = self.layouts.keys() | self.repeated.keys()
+        for serial, memory in zip(operation.input_serials, operation.memory, strict=True):
+            if memory not in operation.written:
+                continue
+            if serial in known and (memory in self.kept or memory not in self.written):
+                self.kept.add(memory)
+            else:
+                self.kept.discard(memory)
+            self.written.add(memory)
+        self.uneven.update(operation.written)
 
     def _set(self, found: dict[int, Layout], layouts: Sequence[Layout], small: Operation, large: Operation) -> None:
         shapes = zip(small.outputs, large.outputs, strict=True)
@@ -176,7 +196,8 @@ class _Proof:
             counts_up = large.name == "index" and number == 1 and serial in self.counting
             if layout is None and grown and serial not in self.uniform and not counts_up:
                 raise UnprovenError
-            is_overwritten = memory in self.written and serial not in self.layouts
+            is_kept = serial in self.layouts or (memory in self.kept and serial in self.repeated)
+            is_overwritten = memory in self.written and not is_kept
             if serial in self.sized or is_overwritten:
                 raise UnprovenError
             known.append(layout)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_gradmetrics.engine.tracing.calls import PLAIN_TYPES, tensors_in
+from lightning_gradmetrics.engine.tracing.masks import marks_of
 from lightning_gradmetrics.engine.tracing.outline import Recording
 from lightning_gradmetrics.engine.tracing.schema import Schema, schema_of
 
@@ -17,6 +18,7 @@ __all__ = [
     "DependenceTrace",
     "Operation",
     "choice_by_data",
+    "finds_one_value",
     "hides_reads",
     "reads_activations",
     "selection_of_samples",
@@ -30,6 +32,7 @@ _INDEXING = frozenset(["index", "_unsafe_index", "index_put", "index_put_", "_un
 _ORDERING = ("sort", "argsort", "msort", "topk", "kthvalue", "median", "nanmedian", "mode", "cummax", "cummin")
 _ALONG_INDEX = ("index_", "gather", "scatter", "take", "put")
 _STRIDED = frozenset(["as_strided", "as_strided_"])
+_UNIQUE = frozenset(["unique_consecutive", "unique_dim", "unique_dim_consecutive", "_unique", "_unique2"])
 _BOUNDARIES = frozenset(["offs", "offsets", "lengths", "batch_sizes", "per_sample_weights"])
 
 
@@ -51,6 +54,7 @@ class Operation(NamedTuple):
         hidden: Whether no torch function of the model runs it, as in scripted code.
         memory: The memory of each tensor argument.
         written: The memory that it changes in place.
+        marks: How many entries a mask selects at each position of the first axis, if it depends on the samples.
     """
 
     name: str
@@ -67,6 +71,7 @@ class Operation(NamedTuple):
     hidden: bool = False
     memory: tuple[int, ...] = ()
     written: tuple[int, ...] = ()
+    marks: tuple[int, ...] = ()
 
 
 class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -148,6 +153,7 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         chosen, by_data, read = self._choices(schema, bits, arguments, tensors)
         if schema.name in _STRIDED:
             plain["keeps_entries"] = _keeps_entries(arguments)
+        marks = _marks(schema.name, arguments) if by_data else ()
         result = func(*args, **kwargs)
         outputs, written = list(tensors_in(result)), []
         if schema.written:  # such an operation may replace the memory of a tensor
@@ -170,6 +176,7 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._recording is not None and self._recording.depth == 0,
             memory,
             self._keys(written) if written else (),
+            marks,
         )
         self.operations.append(operation)
         return result
@@ -205,7 +212,8 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 continue
             if index.dtype in (torch.bool, torch.uint8):
                 if self.depends(index) & SAMPLES:
-                    return (), f"{name} by a mask"
+                    sets_constant = "values" in arguments and not self.depends(arguments["values"])
+                    return (), "" if sets_constant else f"{name} by a mask"
                 for extra in range(index.ndim):
                     chosen.append((shape, dim + extra))
                 dim += index.ndim
@@ -283,21 +291,37 @@ def _counts_up(index: Tensor, length: int) -> bool:
     return len(flat) == length and bool((flat == torch.arange(length, device=flat.device)).all())
 
 
+def _marks(name: str, arguments: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return how many entries a mask like ``x[mask, :]`` selects at each position of the first axis; empty for other operations."""
+    indices = arguments.get("indices")
+    if name != "index" or not indices or indices[0] is None or any(index is not None for index in indices[1:]):
+        return ()
+    return marks_of(indices[0]) if indices[0].dtype is torch.bool and indices[0].ndim else ()
+
+
 def _names(operations: Sequence[Operation]) -> list[str]:
     return [operation.name for operation in operations]
 
 
-def choice_by_data(two: Sequence[Operation], three: Sequence[Operation]) -> str:
+def finds_one_value(operation: Operation) -> bool:
+    """Return whether an operation finds that all values of a tensor are equal."""
+    return operation.name in _UNIQUE and all(shape in ((), (0,), (1,)) for shape in operation.outputs)
+
+
+def choice_by_data(two: Sequence[Operation], three: Sequence[Operation], strict: bool = True) -> str:
     """Return why the layout of a batch's rows may depend on the data; ``""`` if it cannot.
 
     Args:
         two: The operations with two samples.
         three: The operations with three samples.
+        strict: Whether masks that select rows, and values that are found to be equal, are reasons. A proof may show that the rows
+            are those of all samples in order.
     """
     if _names(two) != _names(three):
         return "it runs different operations for three samples than for two"
     for small, large in zip(two, three, strict=True):
-        if small.by_data or large.by_data:
+        is_provable = bool(small.marks and large.marks) or (finds_one_value(small) and finds_one_value(large))
+        if (small.by_data or large.by_data) and (strict or not is_provable):
             return f"{small.by_data or large.by_data} chooses by data"
         for (before, dim), (after, _) in zip(small.chosen, large.chosen, strict=False):
             if before != after and before[dim] != after[dim]:

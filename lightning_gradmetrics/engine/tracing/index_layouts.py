@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning_gradmetrics.engine.tracing.layouts import Layout, Step, UnprovenError
 
-__all__ = ["gathered", "joined_at", "looked_up", "picked", "scattered"]
+__all__ = ["gathered", "joined_at", "looked_up", "picked", "put", "scattered"]
 
 
 def gathered(step: Step) -> Layout:
@@ -46,7 +46,9 @@ def looked_up(step: Step) -> Layout:
 
 
 def picked(step: Step) -> Layout:
-    """Index: some positions of another axis, or positions of it for each sample, ``x[arange(N), positions]``."""
+    """Index: some positions of another axis, or positions of it for each sample, ``x[arange(N), positions]``, or a mask."""
+    if step.operation.marks:
+        return _selected_by_mask(step)
     layout, chosen = step.layouts[0], {dim for _, dim in step.operation.chosen}
     indices = step.operation.inputs[1:]
     if layout is None or layout.dim in chosen or step.layouts[1] is not None:
@@ -60,6 +62,34 @@ def picked(step: Step) -> Layout:
     if len(indices) != 2 or layout != Layout(0) or len(chosen) > 1:
         raise UnprovenError
     return _along_first_index(step)
+
+
+def put(step: Step) -> Layout:
+    """Constants written where a mask is true, as in ``x[mask] = 0``."""
+    layout, *others = step.layouts
+    is_mask = not (step.operation.chosen or step.operation.by_data)  # indices that depend on samples choose
+    if layout is None or layout.dim or not is_mask or others != [layout, None] or not _covers_first_axes(step):
+        raise UnprovenError
+    return layout
+
+
+def _covers_first_axes(step: Step) -> bool:
+    mask = step.operation.inputs[1]
+    return step.shape[: len(mask)] == mask
+
+
+def _selected_by_mask(step: Step) -> Layout:
+    """Return the layout of ``x[mask]``, if the mask selects the same number of rows of each sample."""
+    layout, of_mask = step.layouts
+    if layout is None or layout != of_mask or (layout.dim, layout.outer) != (0, 1):
+        raise UnprovenError
+    counts: set[int] = set()
+    for marks in (step.small.marks, step.operation.marks):
+        for start in range(0, len(marks), layout.inner):
+            counts.add(sum(marks[start : start + layout.inner]))
+    if len(counts) != 1 or not step.small.marks:
+        raise UnprovenError
+    return Layout(0, inner=counts.pop())
 
 
 def _along_first_index(step: Step) -> Layout:

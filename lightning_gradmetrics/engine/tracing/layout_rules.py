@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from lightning_gradmetrics.engine.tracing.index_layouts import gathered, joined_at, looked_up, picked, scattered
+from lightning_gradmetrics.engine.tracing.index_layouts import gathered, joined_at, looked_up, picked, put, scattered
 from lightning_gradmetrics.engine.tracing.layouts import Layout, Shape, Step, UnprovenError
 
 __all__ = ["LAYOUT_RULES", "aligned"]
@@ -337,6 +337,7 @@ _FAMILIES: dict[Callable[[Step], Any], str] = {
     looked_up: "embedding",
     gathered: "gather",
     picked: "index",
+    put: "index_put",
     _lstm: "lightning_gradmetrics::lstm_run",
     _attention: "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_attention_math "
     "_scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention "

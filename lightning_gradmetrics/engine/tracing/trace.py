@@ -10,20 +10,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from lightning_gradmetrics.classifier.tensor_records import version_of
 from lightning_gradmetrics.engine.tracing.axes import axis_between
 from lightning_gradmetrics.engine.tracing.calls import OpeningMode, tensors_in
 from lightning_gradmetrics.engine.tracing.host_reads import HostRead, Reductions, host_value, tensors_read
+from lightning_gradmetrics.engine.tracing.masks import selecting_mask
 from lightning_gradmetrics.gradients.precision import at_least_float32
 
 __all__ = ["CallTrace", "TensorState", "TracedCall"]
 
 
 class TensorState(NamedTuple):
-    """A tensor during a call: its serial number, its shape, and whether it requires a gradient."""
+    """A tensor during a call: its serial number, its shape, whether it requires a gradient, and its version if it does."""
 
     serial: int
     shape: tuple[int, ...]
     requires_grad: bool
+    version: int = 0
 
 
 class TracedCall(NamedTuple):
@@ -77,10 +80,13 @@ class CallTrace(OpeningMode):
         self.pauses_gradients = False
         self.calls: list[TracedCall] = []
         self.reads: list[HostRead] = []
+        self.masks: list[Tensor] = []
+        self.assigned: list[TensorState] = []
         self._reductions = Reductions()
         self._guide, self._only, self._keep = guide, only, keep
         self._serials: dict[int, int] = {}
         self._tensors: list[Tensor] = []
+        self.parameters = parameters
         self.names = {self._state(parameter).serial: name for name, parameter in parameters.items()}
 
     def _state(self, tensor: Tensor) -> TensorState:
@@ -88,7 +94,8 @@ class CallTrace(OpeningMode):
         if serial is None:
             serial = self._serials[id(tensor)] = len(self._tensors)
             self._tensors.append(tensor)
-        return TensorState(serial, tensor.shape, tensor.requires_grad)
+        requires_grad = tensor.requires_grad
+        return TensorState(serial, tensor.shape, requires_grad, version_of(tensor) if requires_grad else 0)
 
     def bytes(self) -> int:
         """Return the size of all computed tensors, an upper bound of the memory that the forward pass keeps."""
@@ -111,6 +118,9 @@ class CallTrace(OpeningMode):
         inputs = tuple(map(self._state, tensors))
         before = self._marks(tensors, inputs, 0)
         result = func(*args, **kwargs)
+        mask = selecting_mask(func, args)
+        if mask is not None:
+            self.masks.append(mask)
         read, value = tensors_read(func, args, kwargs, result)
         for tensor in read:
             reduction = self._reductions.of_read(func, args, tensor, result)
@@ -119,6 +129,8 @@ class CallTrace(OpeningMode):
                 self._on_read(tensor)
         if not read:
             self._reductions.add(func, args, result)
+        if result is None:  # as for ``x[0] = y``
+            self.assigned += inputs[1:]
         results = list(tensors_in(result))
         outputs = tuple(map(self._state, results))
         if outputs:
