@@ -206,6 +206,11 @@ class ModelLayout:
         prefixes = None if self._prefixes is None else dict(zip(self.modules, self._prefixes, strict=True))
         return named_parameters(model, prefixes)
 
+    @cached_property
+    def ordinary_parameters(self) -> list[nn.Parameter]:
+        """The parameters with ordinary memory and a version."""
+        return list(filter(is_ordinary, self.parameters))
+
     def remember(self) -> bool:
         """Prepare :meth:`is_current`; return False if the layout cannot be compared quickly.
 
@@ -331,7 +336,6 @@ class _Comparison:
 
     def __init__(self, modules: Sequence[nn.Module], lists: Sequence[list[Any]]) -> None:
         self._own = list(map(vars, modules))
-        self._kinds = list(map(type, modules))
         groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
         dictionaries: list[dict[Any, Any]] = []
         for own in self._own:
@@ -344,25 +348,19 @@ class _Comparison:
         self._empty = [entries for entries in dictionaries if not entries]
         self._lists, self._sized = lists, (*self._own, *self._filled, *lists)
         self._lengths = list(map(len, self._sized))
-        self.entries = list(self._present())
-        self._names = list(_chained(self._filled))
+        self.entries = list(self._present(modules))
 
-    def _present(self) -> Iterator[Any]:
-        """Yield the compared attributes and entries."""
+    def _present(self, modules: Sequence[nn.Module]) -> Iterator[Any]:
+        """Yield everything that is compared."""
         attributes = _chained(_chained(map(map, self._getters, self._groups)))
-        return itertools.chain(attributes, _chained(map(dict.values, self._filled)), _chained(self._lists))
+        entries = (*self._filled, *map(dict.values, self._filled), *self._lists)
+        return itertools.chain(map(vars, modules), map(type, modules), attributes, _chained(entries))
 
     def agrees(self, modules: Sequence[nn.Module]) -> bool:
         """Return whether the modules have the same objects as attributes and entries, in the same order."""
         try:
-            return (
-                not any(self._empty)
-                and list(map(len, self._sized)) == self._lengths
-                and all(map(is_, map(vars, modules), self._own))
-                and all(map(is_, map(type, modules), self._kinds))
-                and all(map(is_, self._present(), self.entries))
-                and all(map(is_, _chained(self._filled), self._names))
-            )
+            has_lengths = not any(self._empty) and list(map(len, self._sized)) == self._lengths
+            return has_lengths and all(map(is_, self._present(modules), self.entries))
         except KeyError:  # an attribute was deleted
             return False
 

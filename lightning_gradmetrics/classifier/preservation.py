@@ -18,7 +18,6 @@ from lightning_gradmetrics.classifier.tensor_records import (
     TensorRecord,
     TensorRecords,
     has_read_gradient,
-    is_ordinary,
     is_written,
     note_open,
     warn_of_late_writes,
@@ -115,7 +114,7 @@ class ModelRecord:
         self.modules, self.parameters = self.layout.modules, self.layout.parameters
         self._requirements = [(parameter.requires_grad, parameter.grad) for parameter in self.parameters]
         self.generators = RandomState(model)
-        self._memory = MemoryRecord(filter(is_ordinary, self.parameters))
+        self._memory = MemoryRecord(self.layout.ordinary_parameters)
         self._values = TensorRecords(self.tensors())
         self._written = list(map(TensorRecord, filter(is_written, self.parameters)))
         self._shown: dict[int, tuple[Tensor, Tensor, TensorRecord]] = {}

@@ -136,7 +136,6 @@ def _remember(task: Task, strategy: Strategy) -> None:
 
 def _by_strategy(task: Task) -> list[Moments]:
     """Return the moments by a known strategy, by a new one if none fits, or without a plan for this batch only."""
-    unplannable = _UNPLANNABLE.setdefault(task.model, {})
     state, key, shapes = ForwardState(task.model, task.record), _kind(task), _shapes(task)
     strategies = _known(task).get(key, [])
     if task.size > 2:
@@ -148,7 +147,7 @@ def _by_strategy(task: Task) -> list[Moments]:
             return _moments(task, strategy, state)
         except PlanError:
             state.restore()
-    here = (key, shapes, task.size)
+    here, unplannable = (key, shapes, task.size), _UNPLANNABLE.setdefault(task.model, {})
     if len(strategies) < MOST_STRATEGIES and here not in unplannable:
         with without_collections():
             strategy, moments = _by_new_strategy(task, state)

@@ -33,6 +33,8 @@ def check_gradients(task: Task, moments: Iterable[Moments]) -> None:
         values = next(iter(of_objective.values()))
         if not values.numel() or (not values.is_cpu and task.model in _DIFFERENTIABLE):
             return
+        if values.is_cpu and values[(0,) * values.ndim].item():
+            continue  # the first entry is seldom zero, and is read in a fraction of the time of a reduction
         if not bool(values.any()):
             without.append(index)
         elif not values.is_cpu:

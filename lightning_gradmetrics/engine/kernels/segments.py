@@ -102,8 +102,8 @@ class Segments:
         """Return whether no matrix was changed in place since it was added."""
         return self._versions == [matrix._version for matrix in self._matrices]
 
-    def statistics(self, names: Sequence[str], undo: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the moments in the order of ``ORDER``: for each parameter, ``(5, N, P)``, and over all of them, ``(5, N)``.
+    def statistics(self, names: Sequence[str], undo: Tensor | None = None) -> Tensor:
+        """Return the moments in the order of ``ORDER``, for each parameter and then over all of them, ``(5, P + 1, N)``.
 
         :func:`chosen_moments` chooses the wanted ones; the others may be undefined.
 
@@ -115,15 +115,14 @@ class Segments:
         if undo is not None and not (undo.dtype == torch.float64 and undo.is_contiguous()):
             undo = undo.to(torch.float64).contiguous()
         left, right = list(map(self._left.__getitem__, order)), list(map(self._right.__getitem__, order))
-        out = _segment_statistics(self._matrices, self._known, undo, left, right, self._has_extremes)
-        return out[:, :-1].mT, out[:, -1]
+        return _segment_statistics(self._matrices, self._known, undo, left, right, self._has_extremes)
 
     def by_name(self) -> dict[str, Moments]:
         """Return each parameter's moments, ``(N,)``."""
         columns: dict[str, Moments] = {}
         if self.names:
-            statistics = self.statistics(self.names)[0]
-            for name, column in zip(self.names, statistics.unbind(2), strict=True):
+            statistics = self.statistics(self.names)
+            for name, column in zip(self.names, statistics[:, :-1].unbind(1), strict=True):
                 columns[name] = chosen_moments(column, self._wanted)
         return columns
 

@@ -42,7 +42,7 @@ class MomentTable:
         self.task, self._scaled = task, scaled
         self._columns = {name: index for index, name in enumerate(task.parameters)}
         self._moments: list[Moments | None] = [None] * len(task.objectives)
-        self._statistics: list[tuple[Tensor, Tensor] | None] = [None] * len(task.objectives)
+        self._statistics: list[Tensor | None] = [None] * len(task.objectives)
         self.scales: list[Tensor] = []
         self._waiting: list[dict[str, Moments]] = []
         self._small: list[dict[str, Tensor]] = []
@@ -56,7 +56,7 @@ class MomentTable:
     def _table(self, index: int) -> Moments:
         table, statistics = self._moments[index], self._statistics[index]
         if table is None and statistics is not None:
-            self._moments[index] = table = chosen_moments(statistics[0], self.task.wanted)
+            self._moments[index] = table = chosen_moments(statistics[:, :-1].mT, self.task.wanted)
         elif table is None:
             only = replace(self.task, objectives=self.task.objectives[index : index + 1])
             self._moments[index] = table = empty_moments(only, self.task.size)[0]
@@ -76,7 +76,7 @@ class MomentTable:
         statistics = self._statistics[index]
         if statistics is None:
             return merged_moments(self._table(index))
-        return chosen_moments(statistics[1], self.task.wanted)
+        return chosen_moments(statistics.select(1, -1), self.task.wanted)
 
     def begin(self, objective: int, undo: Tensor) -> None:
         """Begin an objective; multiplying by ``undo`` ``(N,)`` removes the scale of its gradients."""
@@ -126,7 +126,8 @@ class MomentTable:
         if len(names) == len(self._columns):
             self._moments[index], self._statistics[index] = None, statistics
             return
-        where, moments = list(map(self._columns.__getitem__, names)), chosen_moments(statistics[0], self.task.wanted)
+        where = list(map(self._columns.__getitem__, names))
+        moments = chosen_moments(statistics[:, :-1].mT, self.task.wanted)
         for key, table in self._table(index).items():
             table[:, where] = moments[key]
 
