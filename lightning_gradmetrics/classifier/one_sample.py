@@ -21,9 +21,10 @@ class _ContiguousGradients(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "") == "batch_norm" and isinstance(result, Tensor) and result.requires_grad:
+        if getattr(func, "__name__", "") == "batch_norm" and isinstance(result, Tensor):
             with torch._C.DisableTorchFunction():  # not a hook of the model
-                result.register_hook(_contiguous)  # type: ignore[no-untyped-call]
+                if result.requires_grad:
+                    result.register_hook(_contiguous)  # type: ignore[no-untyped-call]
         return result
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -68,16 +68,20 @@ class Task:
         """For each objective, a function from the true labels (or ``None``) to the loss on logits."""
         return tuple(objective.loss for objective in self.objectives)
 
+    @property
+    def all_parameters(self) -> Iterable[nn.Parameter]:
+        """All registered parameters of the model, chosen or not."""
+        return self.model.parameters() if self.record is None else self.record.parameters
+
     def leaves(self) -> dict[int, tuple[str, int, int]]:
         """Return a kind, a number and the version of each input, parameter and buffer by the identity of the tensor.
 
         Kinds and numbers are the same in every batch.
         """
         leaves: dict[int, tuple[str, int, int]] = {}
-        record = self.record
-        parameters = self.model.parameters() if record is None else record.parameters
-        buffers = self.model.buffers() if record is None else record.tensors()
-        for kind, tensors in (("input", tensors_in(self.inputs)), ("parameter", parameters), ("buffer", buffers)):
+        buffers = self.model.buffers() if self.record is None else self.record.tensors()
+        every = ("input", tensors_in(self.inputs)), ("parameter", self.all_parameters), ("buffer", buffers)
+        for kind, tensors in every:
             for tensor in tensors:
                 leaves.setdefault(id(tensor), (kind, len(leaves), version_of(tensor)))
         return leaves

@@ -314,7 +314,7 @@ def _collect_gradients(table: MomentTable, task: Task, tracer: Tracer | DirectPa
 
 def freeze(task: Task) -> None:
     """Let no parameter of the model require gradients."""
-    for parameter in task.model.parameters() if task.record is None else task.record.parameters:
+    for parameter in task.all_parameters:
         if parameter.requires_grad:
             parameter.requires_grad_(False)
 

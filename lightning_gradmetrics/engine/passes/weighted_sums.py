@@ -121,9 +121,14 @@ def _cancelled(slots: Collection[str], g: Tensor, mixes_features: bool) -> Colle
         mixes_features: Whether the sum of the weight's gradient has a sum over all features.
     """
     few, biases = at_least_float32(g[:FEW]), {slot for slot in slots if "bias" in slot}
-    limit = max(CANCELLED, 16 * torch.finfo(g.dtype).eps) * few.abs().sum()
+    limit = max(CANCELLED, 16 * torch.finfo(g.dtype).eps) * _magnitude(few)
     features = few.sum(min(2, g.ndim - 1))  # the channels of images, or the features of positions
-    sums = [features, few.sum(-1)] if g.ndim > 3 else [features]
-    if any(bool(total.abs().sum() <= limit) for total in sums):
+    if _magnitude(features) <= limit or (g.ndim > 3 and _magnitude(few.sum(-1)) <= limit):
         return slots if mixes_features else biases
-    return biases if biases and bool(features.sum().abs() <= limit / 16) else ()
+    return biases if biases and abs(features.sum().item()) <= limit / 16 else ()
+
+
+def _magnitude(tensor: Tensor) -> float:
+    """Return the sum of the absolute values."""
+    total: float = tensor.abs().sum().item()
+    return total

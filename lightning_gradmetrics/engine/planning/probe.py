@@ -101,7 +101,7 @@ def probe_model(task: Task) -> Probe:
     Raises:
         CoupledSamplesError: If the samples depend on each other.
     """
-    state, before = ForwardState(task.model), attribute_key(task.model)
+    state, before = ForwardState(task.model, task.record), attribute_key(task.model, task.record)
     three = three_samples(task)
     small, logits_of_two, few, outline_of_two = _traced(three.picked([0, 1]), state)
     large, logits, many, outline_of_three = _traced(three, state)
@@ -192,7 +192,7 @@ def _traced(task: Task, state: ForwardState) -> tuple[CallTrace, Tensor, Depende
     state.restore()
     samples = [t for t, flag in zip(tensors_in(task.inputs), task.per_sample, strict=True) if flag]
     recording = Recording(Outline(task.leaves()))
-    dependence = DependenceTrace(samples, task.model.parameters(), recording)
+    dependence = DependenceTrace(samples, task.all_parameters, recording)
     trace = CallTrace(task.parameters, on_read=dependence.note_read)
     with traced_operators(), dependence, trace, recording:
         logits = task.forward()
@@ -200,7 +200,7 @@ def _traced(task: Task, state: ForwardState) -> tuple[CallTrace, Tensor, Depende
 
 
 def _require_gradients(task: Task) -> None:
-    for parameter in task.model.parameters():
+    for parameter in task.all_parameters:
         parameter.requires_grad_(False)
     for parameter in task.parameters.values():
         parameter.requires_grad_(True)

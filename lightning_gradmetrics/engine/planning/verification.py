@@ -69,7 +69,7 @@ def _device(task: Task) -> torch.device:
 
 
 def _make_strategy(task: Task, on_batch: bool) -> Strategy:
-    state = ForwardState(task.model)
+    state = ForwardState(task.model, task.record)
     if _channels_last_pays(task):
         try:
             strategy = replace(_planned(task.channels_last(), on_batch, is_laid_out=True), channels_last=True)
@@ -130,7 +130,7 @@ def _planned(task: Task, on_batch: bool, is_laid_out: bool = False) -> Strategy:
         PlanError: If the inputs are laid out channels last, and the model draws random numbers, which are in the order of the memory,
             or runs an operation that is not exact in this layout.
     """
-    state, probe, hooked = ForwardState(task.model), probe_model(task), _with_hooks(task)
+    state, probe, hooked = ForwardState(task.model, task.record), probe_model(task), _with_hooks(task)
     if is_laid_out:
         unwanted = CANCELLING if _device(task).type == "cpu" else ()
         if probe.random or not probe.operations.isdisjoint(unwanted):
