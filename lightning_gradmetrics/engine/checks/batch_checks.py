@@ -122,18 +122,21 @@ class BatchChecks:
         return alone is not None and record.learn(outline, size, alone, shapes)
 
     def compare_paths(self, outline: Outline, alone: Outline) -> None:
-        """Check the batch without the proof if one sample alone takes another path through the model.
+        """Check the batch without the proof if one sample alone takes another path through the model, or has other sizes.
 
         Raises:
             CoupledSamplesError: If samples depend on each other.
             PlanError: If the plan is unverified.
         """
         strategy = self.strategy
-        if not self.is_covered or (alone.path, alone.reads) == (outline.path, outline.reads):
+        if not self.is_covered:
+            return
+        has_unit_sizes = bool(self.readers) or strategy.sizes is None or strategy.sizes.is_unit(alone, self.here[0])
+        if has_unit_sizes and (alone.path, alone.reads) == (outline.path, outline.reads):
             return
         self._require_verified()
         self.is_covered, strategy.sizes = False, None
-        strategy.alone = ALONE_IF_NEW if alone.reads == outline.reads else EVERY_SAMPLE
+        strategy.alone = ALONE_IF_NEW if alone.reads == outline.reads and has_unit_sizes else EVERY_SAMPLE
         check_precisions(self.task, outline, alone)
         self._check_unproven(self.logits[-1], outline)
         if not strategy.random:

@@ -49,6 +49,13 @@ class SizeRecord:
         known = self.units.get(shapes)
         return known is not None and outline.path == self.path and _units(outline, self.grows, samples) == known
 
+    def is_unit(self, alone: Outline, shapes: Hashable) -> bool:
+        """Return whether the sizes of one sample alone are those for known shapes of the inputs.
+
+        Two and three samples do not show an end such as ``x[:, :4 * len(x)]`` on an axis of length 8.
+        """
+        return _units(alone, self.grows, 1) == self.units.get(shapes)
+
     def learn(self, outline: Outline, samples: int, alone: Outline, shapes: Hashable) -> bool:
         """Add new shapes of the inputs, if one sample alone shows that the sizes of a batch grow as in the proof.
 
