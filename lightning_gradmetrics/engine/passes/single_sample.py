@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from operator import attrgetter
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_gradmetrics.engine.passes.gather import MomentTable
@@ -22,7 +24,9 @@ MOST_ENTRIES = 2**24
 MOST_TABLE_ENTRIES = 2**18
 """The same number for embeddings, whose gradients are zero almost everywhere: the rule for embeddings skips the zeros."""
 
-_EXACT = (torch.float32, torch.float64)
+_EXACT = frozenset([torch.float32, torch.float64])
+
+_TYPE, _DEVICE = attrgetter("dtype"), attrgetter("device.type")
 
 
 def needs_no_plan(task: Task, strategy: Strategy, here: tuple[Hashable, int]) -> bool:
@@ -49,11 +53,10 @@ def needs_no_plan(task: Task, strategy: Strategy, here: tuple[Hashable, int]) ->
 
 def _are_gradients_small(task: Task, plan: Plan) -> bool:
     """Return whether all gradients are in full precision, and can be stored together."""
-    sizes: dict[str, int] = {}
-    for name, parameter in task.parameters.items():
-        if parameter.dtype not in _EXACT or torch.is_autocast_enabled(parameter.device.type):
-            return False
-        sizes[name] = parameter.numel()
+    chosen = task.parameters.values()
+    if not _EXACT.issuperset(map(_TYPE, chosen)) or any(map(torch.is_autocast_enabled, set(map(_DEVICE, chosen)))):
+        return False
+    sizes = dict(zip(task.parameters, map(Tensor.numel, chosen), strict=True))
     return sum(sizes.values()) <= MOST_ENTRIES and _table_entries(plan, sizes) <= MOST_TABLE_ENTRIES
 
 
@@ -86,5 +89,5 @@ def collect_one_sample(table: MomentTable) -> None:
         gradients = gradients_at(logits, [*parameters, *ends_of_group_norms(logits)], gradient, not is_last)
         for name, of_parameter in zip(task.parameters, gradients[: len(parameters)], strict=True):
             if of_parameter is not None:
-                table.add(name, RowsUse(of_parameter.to_dense()[None]))
+                table.add(name, RowsUse(of_parameter.to_dense().reshape(1, -1)))
     table.finish()
