@@ -141,6 +141,12 @@ def _masked_columns(net: Any, h: Tensor, size: int) -> Tensor:
     return h * mask
 
 
+def _in_new_memory(net: Any, h: Tensor, size: int) -> Tensor:
+    rows = h.new_empty(size, 2, WIDTH)
+    rows[:, 0], rows[:, 1] = h, h.square()
+    return rows.sum(1)
+
+
 PROVEN: dict[str, Callable[..., Tensor]] = {
     "a table repeated by sample": _added(
         lambda net, h, n: (h[:, :6].reshape(2 * n, 3) * net.rows[:2, :3].repeat(n, 1)).view(n, 6).sum(1, True)
@@ -149,6 +155,7 @@ PROVEN: dict[str, Callable[..., Tensor]] = {
     "a Fourier transform of the features": _added(lambda net, h, n: torch.fft.fft(h).real),
     "a product of batches and a summand": _added(_by_batch_of_products),
     "a constant mask of columns": _added(_masked_columns),
+    "memory without values": _added(_in_new_memory),
 }
 """Models of which every operation is known to keep the samples apart."""
 

@@ -62,10 +62,10 @@ def _stays_a_number(operation: Operation, known: Set[int]) -> bool:
 _READING = frozenset(["read", "_linalg_check_errors"])
 """Operations without a result."""
 
-_CONSTANT = frozenset(
-    ["zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"]
-)
-"""Operations whose results are the same at all positions."""
+_FILLED = ("zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
+_EMPTY = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted")
+_CONSTANT = frozenset([*_FILLED, *_EMPTY])
+"""Operations whose results are the same at all positions, or have no values before the model sets them."""
 
 _CHOOSING = frozenset(
     ["view", "_unsafe_view", "unsqueeze", "squeeze", "select", "slice", "clone", "detach", "alias", "_to_copy"]

@@ -24,7 +24,7 @@ from lightning_gradmetrics.engine.tracing.graph import storing_hooks
 __all__ = ["HOOKS", "Outline", "Recording"]
 
 _VIEWS = "view reshape expand unflatten flatten split chunk narrow repeat tile as_strided select __getitem__"
-_NEW = "new_zeros new_ones new_full zeros ones full empty arange"
+_NEW = "new_zeros new_ones new_full new_empty new_empty_strided zeros ones full empty empty_strided arange"
 _SHAPING = frozenset([*_VIEWS.split(), *_NEW.split()])
 """Functions whose integer arguments may depend on the sizes of the inputs."""
 
