@@ -51,6 +51,10 @@ class _Gated(nn.Module):
         """Two and three samples take all features of each, one sample alone takes half of them."""
         return hidden + F.relu(x[:, :1] - 6) * hidden[:, : D // 2 * len(x)].sum(1, keepdim=True)
 
+    def regrouped(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """A reshape takes features of several samples for those of one."""
+        return hidden + F.relu(x[:, :1] - 6) * hidden.t().reshape(len(x), -1)
+
     def unknown(self, x: Tensor, hidden: Tensor) -> Tensor:
         """An operation of another library couples the samples."""
         return _after_large(hidden, x)
@@ -61,7 +65,7 @@ class _Gated(nn.Module):
         return alike @ hidden / alike.sum(1, keepdim=True)
 
 
-@pytest.mark.parametrize("kind", ["neighbours", "cumulated", "duplicates", "unknown", "first_features"])
+@pytest.mark.parametrize("kind", ["neighbours", "cumulated", "duplicates", "unknown", "first_features", "regrouped"])
 def test_a_coupling_of_few_samples_that_a_later_batch_shows_is_refused(kind: str) -> None:
     """Its operation is seen on the probe, whose values do not show it."""
     torch.manual_seed(0)

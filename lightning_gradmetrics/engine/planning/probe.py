@@ -19,7 +19,7 @@ from lightning_gradmetrics.engine.passes.selects import has_repeated_selects
 from lightning_gradmetrics.engine.planning.mixing import mixes_samples
 from lightning_gradmetrics.engine.planning.planned_values import planned_masks, planned_reads
 from lightning_gradmetrics.engine.planning.probe_samples import parts_of_batch, three_samples, with_row
-from lightning_gradmetrics.engine.planning.separability import layouts_apart
+from lightning_gradmetrics.engine.planning.separability import layouts_apart, regroups_samples
 from lightning_gradmetrics.engine.planning.step_layouts import Changes
 from lightning_gradmetrics.engine.planning.steps import make_plan
 from lightning_gradmetrics.engine.refusals import coupled_model, not_reproducible
@@ -120,7 +120,8 @@ def probe_model(task: Task) -> Probe:
         masks = planned_masks(large, many, operations[1])
     if layouts is None or masks is None:
         reason, layouts = choice_by_data(*operations), None
-    mixes = layouts is None and not reason and mixes_samples(*operations, end)
+    mixes = layouts is None and not reason
+    mixes = mixes and (mixes_samples(*operations, end) or regroups_samples(*operations, many.samples))
     sizes = None
     if layouts is not None and not runs_custom_code(logits):
         sizes = size_record(outline_of_two, outline_of_three, input_shapes(three.inputs, three.per_sample))

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 from lightning_gradmetrics.engine.tracing.dependence import SAMPLES, Operation, finds_one_value
 from lightning_gradmetrics.engine.tracing.layout_rules import LAYOUT_RULES, aligned
-from lightning_gradmetrics.engine.tracing.layouts import Layout, Shape, Step, UnprovenError
+from lightning_gradmetrics.engine.tracing.layouts import Layout, RegroupedError, Shape, Step, UnprovenError
 
-__all__ = ["layouts_apart"]
+__all__ = ["layouts_apart", "regroups_samples"]
 
 
 def layouts_apart(
@@ -34,13 +34,42 @@ def layouts_apart(
     Returns:
         The layouts by serial number; ``None`` if that is not proven.
     """
-    proof = _Proof(dict.fromkeys(inputs, Layout(0)))
     try:
-        for small, large in zip(two, three, strict=True):
-            proof.add(small, large)
+        layouts = _followed(two, three, inputs)
     except (UnprovenError, IndexError, TypeError):
         return None
-    return proof.layouts if proof.layouts.get(logits) == Layout(0) else None
+    return layouts if layouts.get(logits) == Layout(0) else None
+
+
+def regroups_samples(two: Sequence[Operation], three: Sequence[Operation], inputs: Sequence[int]) -> bool:
+    """Return whether the first operation that is not proven takes entries of several samples for those of one.
+
+    An example is ``x.view(T, N, D)`` of a tensor ``(N, T, D)``. Behind a gate, its values may not show it.
+
+    Args:
+        two: The operations with two samples.
+        three: The operations with three samples.
+        inputs: The serial numbers of the tensors with samples, in ``three``.
+    """
+    try:
+        _followed(two, three, inputs)
+    except RegroupedError:
+        return True
+    except (UnprovenError, IndexError, TypeError):
+        return False
+    return False
+
+
+def _followed(two: Sequence[Operation], three: Sequence[Operation], inputs: Sequence[int]) -> dict[int, Layout]:
+    """Return the layout of each tensor with samples.
+
+    Raises:
+        UnprovenError: If an operation may mix samples.
+    """
+    proof = _Proof(dict.fromkeys(inputs, Layout(0)))
+    for small, large in zip(two, three, strict=True):
+        proof.add(small, large)
+    return proof.layouts
 
 
 _REDUCING = frozenset(["all", "any", "max", "min", "amax", "amin", "sum", "count_nonzero"])

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning_gradmetrics.engine.tracing.index_layouts import gathered, joined_at, looked_up, picked, put, scattered
-from lightning_gradmetrics.engine.tracing.layouts import Layout, Shape, Step, UnprovenError
+from lightning_gradmetrics.engine.tracing.layouts import Layout, RegroupedError, Shape, Step, UnprovenError
 
 __all__ = ["LAYOUT_RULES", "aligned"]
 
@@ -19,7 +19,9 @@ def aligned(step: Step) -> Layout:
     for layout, shape in zip(step.layouts, step.operation.inputs, strict=True):
         if layout is not None:
             layouts.add(layout.moved(layout.dim + ndim - len(shape)))
-    if len(layouts) != 1:
+    if len(layouts) > 1:
+        raise RegroupedError
+    if not layouts:
         raise UnprovenError
     return layouts.pop()
 
@@ -30,7 +32,7 @@ def _reshaped(step: Step) -> Layout:
     layouts = _split(step.first, step.shape, step.operation.outputs[0], 3)
     common = [layout for layout in _split(step.first, small.inputs[0], small.outputs[0], 2) if layout in layouts]
     if not common:
-        raise UnprovenError
+        raise RegroupedError
     return common[0]
 
 

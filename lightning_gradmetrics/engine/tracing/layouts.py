@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_gradmetrics.engine.tracing.dependence import Operation
 
-__all__ = ["Layout", "Shape", "Step", "UnprovenError"]
+__all__ = ["Layout", "RegroupedError", "Shape", "Step", "UnprovenError"]
 
 Shape = tuple[int, ...]
 
@@ -49,6 +49,10 @@ class Layout:
 
 class UnprovenError(Exception):
     """An operation may mix samples."""
+
+
+class RegroupedError(UnprovenError):
+    """An operation takes entries of several samples for those of one."""
 
 
 @dataclass(frozen=True)
