@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,13 +23,11 @@ from lightning_gradmetrics.engine.kernels import (
 )
 from lightning_gradmetrics.engine.kernels.reduction import CHUNK_ENTRIES
 from lightning_gradmetrics.engine.kernels.segments import LARGEST, Factors
-from lightning_gradmetrics.engine.selection import rearranges, selection_of
 from lightning_gradmetrics.gradients.precision import at_least_float32
 from lightning_gradmetrics.gradients.statistics import Moment, Moments, factor_moments
 
 __all__ = [
     "ConvUse",
-    "DerivedUse",
     "EmbeddingUse",
     "LinearUse",
     "OuterUse",
@@ -37,8 +35,8 @@ __all__ = [
     "SumUse",
     "Use",
     "combined",
+    "flat_rows",
     "merge_rows",
-    "pulled_back",
 ]
 
 
@@ -76,11 +74,11 @@ def chunked_moments(use: Use, wanted: Iterable[Moment]) -> Moments:
     parts = []
     for start in range(0, max(1, len(use)), step):
         gradients = use.rows(start, start + step).gradient()
-        parts.append(row_moments(_flat(gradients), keys))
+        parts.append(row_moments(flat_rows(gradients), keys))
     return merge_rows(parts)
 
 
-def _flat(rows: Tensor) -> Tensor:
+def flat_rows(rows: Tensor) -> Tensor:
     """Return ``(N, ...)`` as ``(N, D)``."""
     if rows.ndim == 2:
         return rows
@@ -107,12 +105,12 @@ class RowsUse:
         return at_least_float32(self.value)
 
     def moments(self, wanted: Iterable[Moment]) -> Moments:  # noqa: D102
-        return row_moments(_flat(self.value), wanted)
+        return row_moments(flat_rows(self.value), wanted)
 
     def factors(self) -> Factors:
         """Return the gradients as rows."""
         rows = at_least_float32(self.value)
-        return (rows if rows.ndim == 2 else _flat(rows)), None
+        return (rows if rows.ndim == 2 else flat_rows(rows)), None
 
 
 @dataclass(frozen=True)
@@ -264,69 +262,6 @@ class EmbeddingUse:
         if not self.g.is_cpu or not 0 < positions < self.shape[0] or samples * (positions + 1) * width > LARGEST:
             return None
         return touched_rows(self.indices, self.g, self.padding).flatten(1), None
-
-
-@dataclass(frozen=True)
-class DerivedUse:
-    """A use of a tensor that was computed from the parameter alone, pulled back through that computation.
-
-    If the computation only reorders the parameter's entries, the moments are those of the use. If it selects entries, the gradients
-    of these entries are enough.
-
-    Args:
-        use: The use of the derived tensor.
-        derived: The derived tensor, with its graph.
-        parameter: The leaf of that graph.
-    """
-
-    use: Use
-    derived: Tensor
-    parameter: Tensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:  # noqa: D102
-        return tuple(self.parameter.shape)
-
-    def __len__(self) -> int:
-        return len(self.use)
-
-    def rows(self, start: int, stop: int) -> DerivedUse:  # noqa: D102
-        return replace(self, use=self.use.rows(start, stop))
-
-    def gradient(self) -> Tensor:  # noqa: D102
-        outer = self.use.gradient().to(self.derived.dtype)
-        (pulled,) = torch.autograd.grad(
-            self.derived, [self.parameter], [outer], retain_graph=True, allow_unused=True, is_grads_batched=True
-        )
-        return self.parameter.new_zeros(len(self), *self.shape) if pulled is None else pulled
-
-    def moments(self, wanted: Iterable[Moment]) -> Moments:  # noqa: D102
-        if rearranges(self.derived, self.parameter):
-            return self.use.moments(wanted)
-        selection = selection_of(self.derived, self.parameter) if isinstance(self.use, RowsUse) else None
-        if selection is not None:
-            return row_moments(selection.touched(_flat(self.use.gradient())), wanted)
-        return chunked_moments(self, wanted)
-
-
-def pulled_back(use: Use, derived: Tensor, parameter: Tensor) -> Use:
-    """Return the use of a derived tensor as one of its parameter.
-
-    Rows of a table at indices that all samples share, such as position embeddings, are not pulled back: they would become
-    a gradient of the whole table for each sample.
-    """
-    node: Any = derived.grad_fn
-    is_lookup = node is not None and node.name() == "EmbeddingBackward0" and not node._saved_scale_grad_by_freq
-    source = getattr(node.next_functions[0][0], "variable", None) if is_lookup else None
-    if source is not parameter or not isinstance(use, RowsUse):
-        return DerivedUse(use, derived, parameter)
-    indices, padding = node._saved_indices, node._saved_padding_idx
-    return EmbeddingUse(
-        indices.reshape(1, -1).expand(len(use), -1),
-        use.gradient().reshape(len(use), indices.numel(), parameter.shape[1]),
-        tuple(parameter.shape),
-        padding if padding < len(parameter) else None,  # autograd stores a number beyond the table if there is none
-    )
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_gradmetrics.engine import gradient_statistics
-from lightning_gradmetrics.engine.uses import DerivedUse
+from lightning_gradmetrics.engine.derivation import Derivation, DerivedUse
 from tests.engine.layers import Summed, check_layer, normal
 
 
@@ -89,3 +89,25 @@ def test_gradients_scaled_by_frequency_are_pulled_back():
             return x * torch.nn.functional.embedding(torch.tensor([1, 1, 2]), self.table, scale_grad_by_freq=True)
 
     check_layer(Positions(), normal(3, 3, 4))
+
+
+def test_one_backward_pass_pulls_back_to_all_parameters(monkeypatch):
+    """A position bias that a small network computes, as in Swin V2, depends on several parameters."""
+    passes = []
+    gradients = Derivation.gradients
+    monkeypatch.setattr(Derivation, "gradients", lambda *args: passes.append(args[1]) or gradients(*args))
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = nn.Sequential(nn.Linear(2, 5), nn.ReLU(), nn.Linear(5, 4, bias=False))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            table = self.network(torch.linspace(-1, 1, 12, dtype=x.dtype).view(6, 2))
+            return (x + table[torch.tensor([0, 3, 3])].sigmoid() * 16).tanh()
+
+    layer = Positions()
+    check_layer(layer, normal(3, 3, 4))
+    passes.clear()
+    gradient_statistics(Summed(layer), (normal(3, 3, 4),), "pseudo_label")
+    assert {*map(len, passes)} == {3}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import _StopRecomputationError
 
+from lightning_gradmetrics.engine.derivation import pulled_back
 from lightning_gradmetrics.engine.passes.agreement import VerificationNotes
 from lightning_gradmetrics.engine.passes.mapped_calls import mapped_call
 from lightning_gradmetrics.engine.passes.plan import Plan, PlanError, Source, Step
@@ -30,7 +31,7 @@ from lightning_gradmetrics.engine.tracing.calls import (
 )
 from lightning_gradmetrics.engine.tracing.graph import Copies, Root, gradients_at, saves_through_hooks
 from lightning_gradmetrics.engine.tracing.host_reads import READING, tensors_read
-from lightning_gradmetrics.engine.uses import RowsUse, Use, combined, pulled_back
+from lightning_gradmetrics.engine.uses import RowsUse, Use, combined
 
 __all__ = ["Tracer"]
 
@@ -276,9 +277,8 @@ class Tracer(TracerState):
         """Run with a copy for each sample, aligned to the axes of the output."""
         assert step.output is not None
         axis, function = step.output, step.function
-        ndims = [t.ndim for t in tensors_in((args, kwargs))]
         name = getattr(function, "__name__", "")
-        ndim = max(ndims)
+        ndim = max(map(Tensor.dim, tensors_in((args, kwargs))))
         if name in ("expand", "broadcast_to", "repeat", "tile"):
             sizes = args[1:] or tuple(kwargs.values())
             sizes = list(sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes)
@@ -384,9 +384,10 @@ class Tracer(TracerState):
     def _arrive(self, source: Source, use: Use) -> None:
         if not self._backward:
             raise PlanError("the model computes gradients in its forward pass")
-        for name in self._roots[source]:
-            derived = self._derived.get(source)
-            self._pending[name].append(use if derived is None else pulled_back(use, derived, self._leaves[name]))
+        names, derived = self._roots[source], self._derived.get(source)
+        uses = [use] if derived is None else pulled_back(use, derived, [*map(self._leaves.__getitem__, names)])
+        for name, part in zip(names, uses, strict=True):
+            self._pending[name].append(part)
             if len(self._pending[name]) == self._expected[name] and not self._checkpoints:
                 self._finish(name)
 
