@@ -131,6 +131,8 @@ MIXED: dict[str, Callable[[Tensor], Tensor]] = {
     "gather from a table": lambda h: SQUARE.gather(1, h[:, 0, 0].argsort(1)),
     "scatter of a table": lambda h: torch.zeros(len(h), 6).scatter(1, h[:, 0, 0].argsort(1), SQUARE),
     "memory in two orders": _in_two_orders,
+    "memory that samples share": lambda h: h * SQUARE.expand_as(h).masked_fill_(h > 0.5, 2.0),
+    "as many borders as samples": lambda h: h * torch.bucketize(h, torch.zeros(len(h))),
     "as many pieces as samples": lambda h: torch.cat(h.flatten(1).split(144 // len(h), 1)[::-1], 1),
     "numbers of rows that differ": lambda h: h[h[:, :, 0, 0] > 0.5].sum(0, keepdim=True).expand(len(h), 6, 6),
     "a mask of other samples": lambda h: h.index_put((h.flip(0) > 0.5,), torch.tensor(0.5)),
@@ -147,6 +149,7 @@ def test_operations_that_keep_samples_apart_are_proven(name: str) -> None:
     assert _is_proven(APART[name])
 
 
+@pytest.mark.filterwarnings("ignore:Use of masked_fill_ on expanded tensors")
 @pytest.mark.parametrize("name", MIXED)
 def test_operations_along_the_sample_axis_are_not(name: str) -> None:
     torch.manual_seed(0)

@@ -122,6 +122,7 @@ class _Proof:
         counting: Tensors that contain ``0, 1, ..., N - 1``.
         written: Memory that samples were written into.
         kept: Such memory of repeated constants, if each sample was written to its own place.
+        shared: Memory of constants that all samples share, as after ``expand``.
         spread: Memory of constants whose shape grows with the number of samples.
         uneven: Memory of such constants that was changed in place, in the same way for each sample.
     """
@@ -135,6 +136,7 @@ class _Proof:
     counting: set[int] = field(default_factory=set)
     written: set[int] = field(default_factory=set)
     kept: set[int] = field(default_factory=set)
+    shared: set[int] = field(default_factory=set)
     spread: set[int] = field(default_factory=set)
     uneven: set[int] = field(default_factory=set)
 
@@ -192,11 +194,18 @@ class _Proof:
         self._set(self.layouts, layouts, small, large)
 
     def _note_written(self, operation: Operation) -> None:
-        """Note the memory that samples are written into, and whether other tensors with this memory keep their layouts."""
+        """Note the memory that samples are written into, and whether other tensors with this memory keep their layouts.
+
+        Raises:
+            UnprovenError: If the samples share this memory, or it gets another shape.
+        """
         known = self.layouts.keys() | self.repeated.keys()
-        for serial, memory in zip(operation.input_serials, operation.memory, strict=True):
+        arguments = zip(operation.input_serials, operation.memory, operation.inputs, strict=True)
+        for serial, memory, shape in arguments:
             if memory not in operation.written:
                 continue
+            if memory in self.shared or not (operation.name.endswith("_") or shape in operation.outputs):
+                raise UnprovenError
             if serial in known and (memory in self.kept or memory not in self.written):
                 self.kept.add(memory)
             else:
@@ -296,6 +305,7 @@ class _Proof:
                 layouts = self._layouts_of(small, large)
             else:
                 layouts = [_repeated(small, large)]
+                self.shared.update(large.memory if large.name == "expand" else ())
             self._set(self.repeated, layouts, small, large)
             self.uneven.update(large.written)
         except (UnprovenError, IndexError, TypeError):

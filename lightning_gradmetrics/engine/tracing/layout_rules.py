@@ -74,6 +74,13 @@ def _kept(step: Step) -> Layout:
     return step.first
 
 
+def _bucketized(step: Step) -> Layout:
+    """Return the layout after a search for each entry among constants, whose number is the same for every batch."""
+    if step.small.inputs[1:] != step.operation.inputs[1:]:
+        raise UnprovenError
+    return step.first
+
+
 def _tiled(step: Step) -> Layout:
     """Repeated: copies of a whole axis follow one another."""
     repeats = step.operation.arguments["repeats"]
@@ -301,7 +308,8 @@ _FAMILIES: dict[Callable[[Step], Any], str] = {
     _transposed: "transpose t",
     _expanded: "expand",
     _tiled: "repeat",
-    _kept: "view_as_real view_as_complex bucketize",
+    _kept: "view_as_real view_as_complex",
+    _bucketized: "bucketize",
     _along: "_softmax _log_softmax softmax log_softmax cumsum cumprod split split_with_sizes unsafe_split unsafe_chunk "
     "chunk narrow glu sort topk index_select logcumsumexp cummax cummin _safe_softmax _fft_c2c _fft_r2c _fft_c2r",
     _along_dims: "roll flip rot90",
