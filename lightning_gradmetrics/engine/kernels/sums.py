@@ -86,14 +86,19 @@ def native_layer_norm(x: Tensor, g: Tensor, eps: float) -> tuple[Tensor, Tensor]
         eps: Added to the variance.
 
     Returns:
-        The gradients; ``None`` if the kernel does not cover these types, this order in memory or this width.
+        The gradients; ``None`` if the kernel does not cover these types or this width.
     """
-    is_covered = g.numel() > 0 and g.shape[2] <= WIDEST and x.dtype == g.dtype and supports(g, ())
-    if not (is_covered and _has_unit_stride(x, 2) and _has_unit_stride(g, 2)):
+    if not (g.numel() and g.shape[2] <= WIDEST and x.dtype == g.dtype and supports(g, ())):
         return None
+    x, g = map(_with_adjacent_channels, (x, g))
     rows = torch.empty(2, len(g), g.shape[2], dtype=g.dtype)
     _run(_job(g.mT, x.mT, rows=rows.data_ptr(), eps=eps, normalised=1), g)
     return rows[0], rows[1]
+
+
+def _with_adjacent_channels(rows: Tensor) -> Tensor:
+    """Return ``(N, P, D)`` with the entries of each position adjacent in memory."""
+    return rows if _has_unit_stride(rows, 2) else rows.contiguous()
 
 
 def _job(g: Tensor, x: Tensor | None, **fields: float) -> SumJob:
