@@ -17,9 +17,6 @@ from lightning_gradmetrics.gradients.statistics import Moment, Moments
 
 __all__ = ["Derivation", "DerivedUse", "pulled_back"]
 
-SAMPLES_AT_A_TIME = 4
-"""Largest number of samples that are pulled back together: the memory of their intermediate gradients is reused for the next ones."""
-
 
 @dataclass(frozen=True)
 class Derivation:
@@ -62,7 +59,7 @@ class Derivation:
     def _all_moments(self, keys: frozenset[Moment]) -> list[Moments]:
         """Return the moments of the gradients of each parameter, a limited number of entries at a time."""
         entries = sum(map(Tensor.numel, self.parameters))
-        step = min(SAMPLES_AT_A_TIME, max(1, CHUNK_ENTRIES // max(1, entries)))
+        step = max(1, CHUNK_ENTRIES // max(1, entries))
         parts: list[list[Moments]] = [[] for _ in self.parameters]
         for start in range(0, max(1, len(self.use)), step):
             gradients = self.rows(start, start + step).gradients(self.parameters)
