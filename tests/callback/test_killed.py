@@ -25,22 +25,31 @@ import random
 SIZE = 1200
 
 
-def score(directory, stage, started=None):
+class Slow(Stopping):
+    def __init__(self, pause):
+        super().__init__()
+        self.pause = pause
+
+    def step(self, batch):
+        time.sleep(self.pause)
+        return super().step(batch)
+
+
+def score(directory, stage, pause, started):
     class Announced(lgm.GradientMetrics):
         def _start(self, *arguments):
             super()._start(*arguments)
-            if started is not None:
-                os.write(started, b"x")
+            os.write(started, b"x")
 
     output = Output(Path(directory), resume=True, rows_per_part=24)
     judged = directory.endswith("test-SIGTERM")  # one of the runs is evaluated and summarised too
     options = {"resamples": 20} if judged else {"metrics": (), "print_summary": False}
     callback = Announced(SCORES, datasets=ROLES, output=output, **options)
     loaders = lgm.unfinished(dict(zip(ROLES, data(size=SIZE))), directory)
-    getattr(trainer(callback), stage)(Stopping(), loaders)
+    getattr(trainer(callback), stage)(Slow(pause), loaders)
 
 
-def start(directory, stage="test"):
+def start(directory, stage="test", pause=0):
     reader, writer = os.pipe()
     child = os.fork()
     if child:
@@ -50,7 +59,7 @@ def start(directory, stage="test"):
         return child
     status = 1
     try:
-        score(directory, stage, writer)
+        score(directory, stage, pause, writer)
         status = 0
     except SystemExit as stopped:
         status = stopped.code or 0
@@ -78,7 +87,7 @@ outcomes = {}
 for stage in ("test", "predict"):
     for name in ("SIGINT", "SIGTERM"):
         directory = f"{sys.argv[1]}/{stage}-{name}"
-        child = start(directory, stage)
+        child = start(directory, stage, pause=0.01)  # the signal comes long before the end
         while len(list(Path(directory).glob("*.parquet"))) < 3:  # of 51 parts
             time.sleep(0.001)
         os.kill(child, getattr(signal, name))
