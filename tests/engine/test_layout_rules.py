@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_gradmetrics.engine.planning.separability import layouts_apart
+from lightning_gradmetrics.engine.planning.separability import proof_of
 from lightning_gradmetrics.engine.tracing.dependence import DependenceTrace
 
 ORDER = torch.tensor([0, 2, 3, 1])
@@ -25,7 +25,7 @@ def _is_proven(function: Callable[[Tensor], Tensor]) -> bool:
             results.append(function(torch.tanh(x)).flatten(1))
         traces.append(trace)
     two, three = traces
-    return layouts_apart(two.operations, three.operations, three.samples, three.serial(results[1])) is not None
+    return proof_of(two.operations, three.operations, three.samples, three.serial(results[1])).layouts is not None
 
 
 def _filled_with(h: Tensor, index: int) -> Tensor:

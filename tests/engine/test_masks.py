@@ -111,6 +111,16 @@ def test_texts_that_the_model_refuses() -> None:
         norms(model, texts([2, 2, 3, 2, 2], 7, 9))
 
 
+@pytest.mark.filterwarnings("ignore:no fast rule")
+def test_no_rows_of_a_mask_in_a_model_with_a_module_that_has_two_names() -> None:
+    """The engine tries ``torch.func``, which cannot run the model, and must leave the module's own weights in place."""
+    torch.manual_seed(0)
+    model = Texts(lambda net, h, tokens: h.sum(1) + h[tokens == END].sum()).double().eval()
+    tokens = texts([0] * 3, 7, 0)
+    for _ in range(2):
+        torch.testing.assert_close(norms(model, tokens), norms(model, tokens, "reference"))
+
+
 def test_rows_in_another_order() -> None:
     with pytest.raises(CoupledSamplesError):
         norms(Texts(in_order_of_time).eval(), texts([2] * 5, 7, 0))

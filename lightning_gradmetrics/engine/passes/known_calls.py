@@ -64,7 +64,6 @@ class KnownCall:
         is_norm: Whether it is a batch norm whose output is that of the folded convolution before it.
         results: The description of a result that is not a single tensor; see :func:`described`.
         marks: The number of entries of each sample that a mask must select, if it is such a call.
-        samples: The number of samples.
     """
 
     function: Any
@@ -83,7 +82,6 @@ class KnownCall:
     is_norm: bool = False
     results: tuple[Any, ...] = ()
     marks: int | None = None
-    samples: int = 0
 
     @property
     def made(self) -> int:

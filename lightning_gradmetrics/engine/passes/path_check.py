@@ -89,7 +89,7 @@ class PathFollower:
         self._place = place + 1
         if not self._has_arguments(known, values) or tuple(kwargs) != known.names:
             self._lose()
-        if known.marks is not None and not self._has_marks(known, values):
+        if known.marks is not None and not _has_marks(known, values, known.marks):
             self._lose()
         return known
 
@@ -148,11 +148,6 @@ class PathFollower:
         usual = torch.is_grad_enabled() is known.has_gradients and not torch.is_inference_mode_enabled()
         return usual and not storing_hooks(True)
 
-    def _has_marks(self, known: KnownCall, values: Sequence[Any]) -> bool:
-        """Return whether a mask selects as many rows of each sample as the recorded one."""
-        mask = selecting_mask(known.function, values)
-        return mask is not None and known.marks is not None and marks_so_many(mask, known.marks, known.samples)
-
     def require_end(self, logits: Tensor) -> None:
         """Require that the model made all calls, and that the logits are the recorded tensor.
 
@@ -177,6 +172,13 @@ class PathFollower:
     def is_unchanged(self) -> bool:
         """Return whether no leaf or result was changed in place."""
         return list(map(self._version_of, self._entries[: len(self._versions)])) == self._versions
+
+
+def _has_marks(known: KnownCall, values: Sequence[Any], marks: int) -> bool:
+    """Return whether a mask selects as many rows of each sample as the recorded one."""
+    mask = selecting_mask(known.function, values)
+    assert known.shape is not None
+    return mask is not None and marks_so_many(mask, marks, known.shape[0] // marks)
 
 
 class PathCheck(PathFollower, TorchFunctionMode):

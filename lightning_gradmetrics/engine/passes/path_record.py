@@ -79,7 +79,7 @@ class PathRecorder:
         self._steps = self._bytes = self._made = 0
         self._norms: set[int] = set()
         self._marks: int | None = None
-        self._samples, self._reads = task.size, reads
+        self._reads = reads
         self._is_large, self._lays_out = is_large, lays_out
         self.inside = InnerCalls()
 
@@ -213,7 +213,7 @@ class PathRecorder:
         compared = (function, tuple(numbers), picker(numbers), tuple(kwargs), has_gradients, dtype, shape)
         call = KnownCall(*compared, end > start, held, inner, spare, tuple(tensors))
         is_norm = end == start + 1 and start in self._norms
-        self._calls.append(replace(call, is_norm=is_norm, results=results or (), marks=marks, samples=self._samples))
+        self._calls.append(replace(call, is_norm=is_norm, results=results or (), marks=marks))
 
     def _number(self, outline: Outline, value: Any, tensors: list[tuple[int, int]]) -> Any:
         """Return the number of an argument, and add the tensors in it; ``None`` if it cannot be compared."""

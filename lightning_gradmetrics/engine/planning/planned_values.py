@@ -45,7 +45,8 @@ def planned_masks(
         operations: Their operations.
 
     Returns:
-        The numbers, ``None`` for masks that do not depend on the samples; or ``None`` if some masks are not seen.
+        The numbers, ``None`` for masks that do not depend on the samples, and no numbers if that holds for all; or ``None`` if some masks
+        are not seen.
     """
     marks = [operation.marks for operation in operations if operation.marks]
     planned: list[int | None] = []
@@ -56,4 +57,6 @@ def planned_masks(
             planned.append(sum(marks.pop(0)) // 3)
         else:
             return None
-    return None if marks else tuple(planned)
+    if marks:
+        return None
+    return tuple(planned) if any(planned) else ()

@@ -19,7 +19,7 @@ from lightning_gradmetrics.engine.passes.selects import has_repeated_selects
 from lightning_gradmetrics.engine.planning.mixing import mixes_samples
 from lightning_gradmetrics.engine.planning.planned_values import planned_masks, planned_reads
 from lightning_gradmetrics.engine.planning.probe_samples import parts_of_batch, three_samples, with_row
-from lightning_gradmetrics.engine.planning.separability import layouts_apart, regroups_samples
+from lightning_gradmetrics.engine.planning.separability import Proof, proof_of
 from lightning_gradmetrics.engine.planning.step_layouts import Changes
 from lightning_gradmetrics.engine.planning.steps import make_plan
 from lightning_gradmetrics.engine.refusals import coupled_model, not_reproducible
@@ -109,19 +109,17 @@ def probe_model(task: Task) -> Probe:
     note_volatile(task.model, before, attribute_key(task.model))
     state.restore()
     operations = used_operations(few, [logits_of_two]), used_operations(many, [logits])
-    end, layouts = many.serial(logits), None
+    end = many.serial(logits)
     selection = selection_of_samples(*operations)
     if selection:
         raise coupled_model(f"{selection!r} of the samples in {type(task.model).__name__}")
     reason, reads_inside = choice_by_data(*operations, strict=False), hides_reads(many.operations)
-    masks: tuple[int | None, ...] | None = ()
-    if not (reason or reads_inside):
-        layouts = layouts_apart(*operations, many.samples, end)
-        masks = planned_masks(large, many, operations[1])
-    if layouts is None or masks is None:
-        reason, layouts = choice_by_data(*operations), None
-    mixes = layouts is None and not reason
-    mixes = mixes and (mixes_samples(*operations, end) or regroups_samples(*operations, many.samples))
+    proof = Proof(None, False) if reason else proof_of(*operations, many.samples, end)
+    masks = planned_masks(large, many, operations[1])
+    layouts = None if reads_inside or masks is None else proof.layouts
+    if layouts is None:
+        reason = choice_by_data(*operations)
+    mixes = layouts is None and not reason and (proof.regroups or mixes_samples(*operations, end))
     sizes = None
     if layouts is not None and not runs_custom_code(logits):
         sizes = size_record(outline_of_two, outline_of_three, input_shapes(three.inputs, three.per_sample))

@@ -9,18 +9,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from lightning_gradmetrics.engine.tracing.dependence import SAMPLES, Operation, finds_one_value
 from lightning_gradmetrics.engine.tracing.layout_rules import LAYOUT_RULES, aligned
 from lightning_gradmetrics.engine.tracing.layouts import Layout, RegroupedError, Shape, Step, UnprovenError
 
-__all__ = ["layouts_apart", "regroups_samples"]
+__all__ = ["Proof", "proof_of"]
 
 
-def layouts_apart(
-    two: Sequence[Operation], three: Sequence[Operation], inputs: Sequence[int], logits: int
-) -> dict[int, Layout] | None:
-    """Return the layout of each tensor with samples, if every operation keeps the samples apart and the logits are ``(N, C)``.
+class Proof(NamedTuple):
+    """What the operations of a forward pass show.
+
+    Args:
+        layouts: The layout of each tensor with samples, by serial number, if every operation keeps the samples apart and the logits are
+            ``(N, C)``; ``None`` if that is not proven.
+        regroups: Whether the first operation that is not proven takes entries of several samples for those of one, as
+            ``x.view(T, N, D)`` of a tensor ``(N, T, D)`` does. Behind a gate, its values may not show it.
+    """
+
+    layouts: dict[int, Layout] | None
+    regroups: bool
+
+
+def proof_of(two: Sequence[Operation], three: Sequence[Operation], inputs: Sequence[int], logits: int) -> Proof:
+    """Follow the samples through all operations.
 
     A number that is computed from all samples may only be read by Python. The proof holds for samples that give the same number
     alone: for most samples, the longest text in the batch is longer than their own.
@@ -30,46 +43,17 @@ def layouts_apart(
         three: The operations with three samples.
         inputs: The serial numbers of the tensors with samples, in ``three``.
         logits: The serial number of the logits, in ``three``.
-
-    Returns:
-        The layouts by serial number; ``None`` if that is not proven.
     """
+    samples = _Samples(dict.fromkeys(inputs, Layout(0)))
     try:
-        layouts = _followed(two, three, inputs)
-    except (UnprovenError, IndexError, TypeError):
-        return None
-    return layouts if layouts.get(logits) == Layout(0) else None
-
-
-def regroups_samples(two: Sequence[Operation], three: Sequence[Operation], inputs: Sequence[int]) -> bool:
-    """Return whether the first operation that is not proven takes entries of several samples for those of one.
-
-    An example is ``x.view(T, N, D)`` of a tensor ``(N, T, D)``. Behind a gate, its values may not show it.
-
-    Args:
-        two: The operations with two samples.
-        three: The operations with three samples.
-        inputs: The serial numbers of the tensors with samples, in ``three``.
-    """
-    try:
-        _followed(two, three, inputs)
+        for small, large in zip(two, three, strict=True):
+            samples.add(small, large)
     except RegroupedError:
-        return True
+        return Proof(None, regroups=True)
     except (UnprovenError, IndexError, TypeError):
-        return False
-    return False
-
-
-def _followed(two: Sequence[Operation], three: Sequence[Operation], inputs: Sequence[int]) -> dict[int, Layout]:
-    """Return the layout of each tensor with samples.
-
-    Raises:
-        UnprovenError: If an operation may mix samples.
-    """
-    proof = _Proof(dict.fromkeys(inputs, Layout(0)))
-    for small, large in zip(two, three, strict=True):
-        proof.add(small, large)
-    return proof.layouts
+        return Proof(None, regroups=False)
+    is_proven = samples.layouts.get(logits) == Layout(0)
+    return Proof(samples.layouts if is_proven else None, regroups=False)
 
 
 _REDUCING = frozenset(["all", "any", "max", "min", "amax", "amin", "sum", "count_nonzero"])
@@ -109,7 +93,7 @@ _SHAPE_ARGUMENTS = frozenset(["size", "shape", "sizes", "split_sizes", "repeats"
 
 
 @dataclass
-class _Proof:
+class _Samples:
     """What is known of the tensors of a forward pass, by serial number.
 
     Args:
@@ -199,14 +183,14 @@ class _Proof:
         Raises:
             UnprovenError: If the samples share this memory, or it gets another shape.
         """
-        known = self.layouts.keys() | self.repeated.keys()
         arguments = zip(operation.input_serials, operation.memory, operation.inputs, strict=True)
         for serial, memory, shape in arguments:
             if memory not in operation.written:
                 continue
             if memory in self.shared or not (operation.name.endswith("_") or shape in operation.outputs):
                 raise UnprovenError
-            if serial in known and (memory in self.kept or memory not in self.written):
+            is_placed = serial in self.layouts or serial in self.repeated
+            if is_placed and (memory in self.kept or memory not in self.written):
                 self.kept.add(memory)
             else:
                 self.kept.discard(memory)

@@ -87,7 +87,7 @@ def _selected_by_mask(step: Step) -> Layout:
     for marks in (step.small.marks, step.operation.marks):
         for start in range(0, len(marks), layout.inner):
             counts.add(sum(marks[start : start + layout.inner]))
-    if len(counts) != 1 or not step.small.marks:
+    if len(counts) != 1 or 0 in counts or not step.small.marks:
         raise UnprovenError
     return Layout(0, inner=counts.pop())
 
