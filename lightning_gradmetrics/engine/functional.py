@@ -10,6 +10,7 @@ from torch.func import functional_call, grad, vjp, vmap
 from torch.overrides import TorchFunctionMode
 
 from lightning_gradmetrics.classifier.forward import map_tensors
+from lightning_gradmetrics.engine.places import tensors_by_place
 from lightning_gradmetrics.engine.task import Task, empty_moments, joined
 from lightning_gradmetrics.gradients.precision import accumulator, at_least_float32
 from lightning_gradmetrics.gradients.scaling import rescaled_moments, unit_scale
@@ -69,25 +70,10 @@ def _chunk_moments(task: Task) -> list[Moments]:
     return moments
 
 
-def _places(task: Task) -> dict[str, tuple[str, Tensor]]:
-    """Return for each place of a parameter or buffer in a module the name of the chosen parameter there, or none, and the tensor.
-
-    Each module counts once: with two names of one place, ``functional_call`` would leave its own tensor there.
-    """
-    names = {id(parameter): name for name, parameter in task.parameters.items()}
-    places: dict[str, tuple[str, Tensor]] = {}
-    for prefix, module in task.model.named_modules():
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None:
-                value = tensor.detach() if name in module._parameters else tensor
-                places[f"{prefix}.{name}" if prefix else name] = names.get(id(tensor), ""), value
-    return places
-
-
 def _unit_gradients(task: Task, index: int) -> tuple[dict[str, Tensor], Tensor]:
     """Return every sample's gradient, scaled by a power of two, and the factors ``(N,)`` that undo the scale."""
     parameters = {name: parameter.detach() for name, parameter in task.parameters.items()}
-    places = _places(task)
+    detached = {id(parameter): parameter.detach() for parameter in task.model.parameters()}
     flags = task.per_sample
 
     def gradients(inputs: object, target: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
@@ -101,7 +87,8 @@ def _unit_gradients(task: Task, index: int) -> tuple[dict[str, Tensor], Tensor]:
             batch = map_tensors(inputs, as_batch_of_one)
             arguments = (batch,) if isinstance(batch, (Tensor, dict)) else tuple(batch)
             kwargs = arguments[0] if isinstance(batch, dict) else {}
-            tensors = {place: chosen.get(name, tensor) for place, (name, tensor) in places.items()}
+            used = {id(task.parameters[name]): tensor for name, tensor in chosen.items()}
+            tensors = tensors_by_place(task.model, {**detached, **used})
             output = functional_call(task.model, tensors, () if kwargs else arguments, kwargs, tie_weights=False)
             return task.logits(output)
 

@@ -205,6 +205,16 @@ def test_products_written_as_einsum_are_compiled(graphs):
         assert _errors(compiled, expected) < 1e-5
 
 
+def test_a_module_with_two_names_and_tied_weights_are_compiled(graphs):
+    layer, tied = nn.Linear(5, 5), nn.Linear(5, 5)
+    tied.weight = layer.weight
+    model, x = nn.Sequential(layer, nn.Tanh(), layer, nn.Tanh(), tied, nn.Linear(5, 3)).eval(), torch.randn(7, 5)
+    found = gradient_statistics(model, x, "pseudo_label", compile=True)
+    expected = gradient_statistics(model, x, "pseudo_label", engine="reference")
+    torch.testing.assert_close(found.norm(2), expected.norm(2))
+    assert model[0].weight is tied.weight is layer.weight
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("statistics", [("l2",), ("l1", "l2", "max", "min", "mean")])
 @pytest.mark.parametrize("convolves", [False, True])

@@ -39,6 +39,7 @@ from lightning_gradmetrics.engine.passes.path_check import forward_alone
 from lightning_gradmetrics.engine.passes.plan import PlanError
 from lightning_gradmetrics.engine.passes.strategy import Strategy, collect_fast
 from lightning_gradmetrics.engine.passes.tracer import Tracer
+from lightning_gradmetrics.engine.places import tensors_by_place
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.engine.tracing.graph import runs_custom_code
 from lightning_gradmetrics.engine.tracing.model_state import ForwardState
@@ -227,7 +228,9 @@ def _program(task: Task, strategy: Strategy) -> Program:
 @contextmanager
 def _holding(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """Use other tensors for the model's parameters and buffers inside the block."""
-    with stateless._reparametrize_module(model, dict(tensors), tie_weights=True):
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    others = {id(own[name]): tensor for name, tensor in tensors.items()}
+    with stateless._reparametrize_module(model, tensors_by_place(model, others), tie_weights=False):
         yield
 
 
