@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from lightning_gradmetrics.engine.tracing.dependence import SAMPLES, Operation
 from lightning_gradmetrics.engine.tracing.layouts import Shape
 
-__all__ = ["mixes_samples"]
+__all__ = ["is_of_torch", "mixes_samples"]
 
 
 def mixes_samples(two: Sequence[Operation], three: Sequence[Operation], logits: int) -> bool:
@@ -67,6 +67,12 @@ def _is_of_each_sample(operation: Operation, two: Shape, three: Shape) -> bool:
 _OF_TORCH = frozenset(["aten", "prim", "prims", "mkldnn", "onednn", "quantized", "quantized_decomposed"])
 """Namespaces of operations of torch; what others do is unknown, because the operations inside them are not traced."""
 
+
+def is_of_torch(operation: Operation) -> bool:
+    """Return whether torch defines an operation."""
+    return "::" not in operation.name or operation.name.partition("::")[0] in _OF_TORCH
+
+
 _NAMES = (
     "cumsum cumprod cummax cummin logcumsumexp _softmax _log_softmax softmax log_softmax sort argsort topk roll flip"
 )
@@ -84,7 +90,7 @@ def _works_along(small: Operation, large: Operation) -> bool:
     before, after = small.inputs[0], large.inputs[0]
     grown = {dim for dim, (short, long) in enumerate(zip(before, after, strict=False)) if short != long}
     name, arguments = large.name.rstrip("_"), large.arguments
-    if "::" in name and name.partition("::")[0] not in _OF_TORCH:
+    if not is_of_torch(large):
         return True
     if name in _ALONG:
         dims = arguments.get("dims", arguments.get("dim", -1))

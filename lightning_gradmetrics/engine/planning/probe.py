@@ -16,23 +16,18 @@ from lightning_gradmetrics.engine.kernels.operators import traced_operators
 from lightning_gradmetrics.engine.passes.folding import can_lay_out, find_folds
 from lightning_gradmetrics.engine.passes.plan import Plan, PlanError
 from lightning_gradmetrics.engine.passes.selects import has_repeated_selects
-from lightning_gradmetrics.engine.planning.mixing import mixes_samples
-from lightning_gradmetrics.engine.planning.planned_values import planned_masks, planned_reads
+from lightning_gradmetrics.engine.planning.findings import Traced, findings_of
+from lightning_gradmetrics.engine.planning.planned_values import planned_reads
 from lightning_gradmetrics.engine.planning.probe_samples import parts_of_batch, three_samples, with_row
-from lightning_gradmetrics.engine.planning.separability import Proof, proof_of
 from lightning_gradmetrics.engine.planning.step_layouts import Changes
 from lightning_gradmetrics.engine.planning.steps import make_plan
 from lightning_gradmetrics.engine.refusals import coupled_model, not_reproducible
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.engine.tracing.dependence import (
     DependenceTrace,
-    choice_by_data,
-    hides_reads,
     reads_activations,
-    selection_of_samples,
     uses_totals,
 )
-from lightning_gradmetrics.engine.tracing.detaches import used_operations
 from lightning_gradmetrics.engine.tracing.graph import runs_custom_code
 from lightning_gradmetrics.engine.tracing.host_reads import PlannedRead
 from lightning_gradmetrics.engine.tracing.layouts import Layout
@@ -103,38 +98,31 @@ def probe_model(task: Task) -> Probe:
     """
     state, before = ForwardState(task.model, task.record), attribute_key(task.model, task.record)
     three = three_samples(task)
-    small, logits_of_two, few, outline_of_two = _traced(three.picked([0, 1]), state)
-    large, logits, many, outline_of_three = _traced(three, state)
+    two, traced = _traced(three.picked([0, 1]), state), _traced(three, state)
+    (small, _, _, outline_of_two), (large, logits, many, outline_of_three) = two, traced
     random, after = state.random_numbers_drawn(), ForwardState(task.model)
     note_volatile(task.model, before, attribute_key(task.model))
     state.restore()
-    operations = used_operations(few, [logits_of_two]), used_operations(many, [logits])
-    end = many.serial(logits)
-    selection = selection_of_samples(*operations)
-    if selection:
-        raise coupled_model(f"{selection!r} of the samples in {type(task.model).__name__}")
-    reason, reads_inside = choice_by_data(*operations, strict=False), hides_reads(many.operations)
-    proof = Proof(None, False) if reason else proof_of(*operations, many.samples, end)
-    masks = planned_masks(large, many, operations[1])
-    layouts = None if reads_inside or masks is None else proof.layouts
-    if layouts is None:
-        reason = choice_by_data(*operations)
-    mixes = layouts is None and not reason and (proof.regroups or mixes_samples(*operations, end))
+    found = findings_of(three, two, traced, state, random)
+    if found.selection:
+        raise coupled_model(f"{found.selection!r} of the samples in {type(task.model).__name__}")
+    reason, layouts, masks = found.reason, found.layouts, found.masks
     sizes = None
     if layouts is not None and not runs_custom_code(logits):
         sizes = size_record(outline_of_two, outline_of_three, input_shapes(three.inputs, three.per_sample))
     reads = planned_reads(small, large, many, layouts or {})
     plan: Plan | None = None
     changes: Changes = ()
-    if layouts is None or not _one_position_each(small, large):
-        known = None if layouts is None else _changes_by_layout(small, large, many, layouts)
+    meeting = _meeting_parameters(small, large) - found.unused
+    if layouts is None or not _one_position_each(small, large, meeting):
+        known = None if layouts is None else _changes_by_layout(small, large, many, layouts, meeting)
         if known is None:
-            known, moved = _changes_by_sample(_Runs(three, small, large, state), logits, reason)
+            known, moved = _changes_by_sample(_Runs(three, small, large, state), logits, reason, meeting)
             reason = reason or moved
         changes = known
     if not reason:
         try:
-            plan = make_plan(small, large, lambda: three.unit_losses(0, logits)[0][0], changes)
+            plan = make_plan(small, large, lambda: three.unit_losses(0, logits)[0][0], changes, found.unused)
         except (PlanError, ValueError) as error:
             reason = str(error)
     if plan is not None and plan.undecided:
@@ -143,22 +131,22 @@ def probe_model(task: Task) -> Probe:
         folds = {} if sizes is None else find_folds(plan, large, many, three)
         lays_out = sizes is not None and not random and can_lay_out(plan, large, many)
         selects = has_repeated_selects(large)
-        plan = replace(plan, reads=reads, masks=masks or (), folds=folds, lays_out=lays_out, selects=selects)
-    activations = reads_inside or reads_activations(many.operations)
-    alone = "a number computed from all samples enters the forward pass" if uses_totals(many.operations) else ""
+        plan = replace(plan, reads=reads, masks=masks, folds=folds, lays_out=lays_out, selects=selects)
+    activations = found.reads_inside or reads_activations(many.operations)
+    alone = "a number computed from all samples enters the forward pass" if uses_totals(found.operations[1]) else ""
     if outline_of_three.has_hooks:
         alone = HOOKS
-    parts, size = parts_of_batch(task, logits_of_two, logits), large.bytes() // 3 + 1
-    seen = activations, alone, layouts is not None, mixes, reads, sizes, random, large.pauses_gradients
+    parts, size = parts_of_batch(task, two.logits, logits), large.bytes() // 3 + 1
+    seen = activations, alone, layouts is not None, found.mixes, reads, sizes, random, large.pauses_gradients
     names = frozenset(operation.name for operation in many.operations)
     return Probe(three, logits, after, plan, reason, *seen, size, parts, names)
 
 
-def _one_position_each(small: CallTrace, large: CallTrace) -> bool:
+def _one_position_each(small: CallTrace, large: CallTrace, meeting: Collection[int]) -> bool:
     """Return whether every tensor at a call with parameters has one position per sample, so that the order is unambiguous."""
     if len(small.calls) != len(large.calls):
         return False
-    for number in _meeting_parameters(small, large):
+    for number in meeting:
         before, after = small.calls[number], large.calls[number]
         for two, three in zip((*before.inputs, *before.outputs), (*after.inputs, *after.outputs), strict=False):
             if not _has_one_position(two.shape, three.shape):
@@ -185,7 +173,7 @@ def _meeting_parameters(small: CallTrace, large: CallTrace) -> set[int]:
     return numbers
 
 
-def _traced(task: Task, state: ForwardState) -> tuple[CallTrace, Tensor, DependenceTrace, Outline]:
+def _traced(task: Task, state: ForwardState) -> Traced:
     """Return a traced forward pass with its graph, its logits, the operations in it, and its outline."""
     _require_gradients(task)
     state.restore()
@@ -195,7 +183,7 @@ def _traced(task: Task, state: ForwardState) -> tuple[CallTrace, Tensor, Depende
     trace = CallTrace(task.parameters, on_read=dependence.note_read)
     with traced_operators(), dependence, trace, recording:
         logits = task.forward()
-    return trace, logits, dependence, recording.outline.end(logits)
+    return Traced(trace, logits, dependence, recording.outline.end(logits))
 
 
 def _require_gradients(task: Task) -> None:
@@ -209,14 +197,18 @@ def _require_gradients(task: Task) -> None:
 
 
 def _changes_by_layout(
-    small: CallTrace, large: CallTrace, operations: DependenceTrace, layouts: Mapping[int, Layout]
+    small: CallTrace,
+    large: CallTrace,
+    operations: DependenceTrace,
+    layouts: Mapping[int, Layout],
+    meeting: Collection[int],
 ) -> Changes | None:
     """Return the positions that change with each sample, from proven layouts; ``None`` if a call has no proven layout.
 
     Calls whose tensors all have one position per sample need no layout.
     """
     changes: list[Sequence[Tensor | None]] = [()] * len(large.calls)
-    for number in _meeting_parameters(small, large):
+    for number in meeting:
         before, after = small.calls[number], large.calls[number]
         tensors = [*tensors_in((after.args, after.kwargs)), *tensors_in(after.result)]
         shapes = [state.shape for state in (*before.inputs, *before.outputs)]
@@ -292,13 +284,13 @@ class _Runs:
         return watching.where or type(self.task.model).__name__
 
 
-def _changes_by_sample(runs: _Runs, logits: Tensor, irregular: str) -> tuple[Changes, str]:
+def _changes_by_sample(runs: _Runs, logits: Tensor, irregular: str, meeting: Collection[int]) -> tuple[Changes, str]:
     """Return the positions that change with each sample, for calls with parameters; or why they are unknown.
 
     Raises:
         CoupledSamplesError: If the logits of a sample, or a row that meets a parameter, change with another sample.
     """
-    only = set() if irregular else _meeting_parameters(runs.small, runs.large)
+    only = set() if irregular else meeting
     base, _ = runs.run(runs.task, only)
     traces, others = [], []
     for number in range(3):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,13 @@ from lightning_gradmetrics.engine.tracing.trace import CallTrace, TensorState, T
 __all__ = ["make_plan"]
 
 
-def make_plan(two: CallTrace, three: CallTrace, loss: Callable[[], Tensor | None], changes: Changes = ()) -> Plan:
+def make_plan(
+    two: CallTrace,
+    three: CallTrace,
+    loss: Callable[[], Tensor | None],
+    changes: Changes = (),
+    unused: Collection[int] = frozenset(),
+) -> Plan:
     """Return the plan for a model, from its calls with two and with three samples.
 
     Args:
@@ -29,6 +35,7 @@ def make_plan(two: CallTrace, three: CallTrace, loss: Callable[[], Tensor | None
         loss: Returns the loss of the first sample, for layouts that replacing samples does not reveal.
         changes: For each call with three samples, and each of its tensor arguments and results: which positions on the
             sample axis change with each sample, ``(3, L)``; ``None`` where it is not known.
+        unused: The numbers of calls whose results do not reach the loss.
 
     Raises:
         PlanError: If the two runs made different calls.
@@ -37,7 +44,10 @@ def make_plan(two: CallTrace, three: CallTrace, loss: Callable[[], Tensor | None
         raise PlanError("the model makes different calls for three samples than for two")
     builder = _Builder(three.names)
     for number, (small, large) in enumerate(zip(two.calls, three.calls, strict=True)):
-        builder.add(number, small, large, changes[number] if changes else None)
+        if number in unused:
+            builder.add_unused(number, large)
+        else:
+            builder.add(number, small, large, changes[number] if changes else None)
     builder.give_up_assigned(three.assigned)
     builder.give_up_hidden(two, three)
     steps, undecided = with_layouts(builder.steps, builder.changes, builder.results, loss)
@@ -70,6 +80,15 @@ class _Builder:
         except ValueError as error:
             step = Step(large.function, sources, "uncovered")
             self._give_up(sources, f"{_name(large.function)}: {error}")
+        self._note(number, step, large, changes)
+
+    def add_unused(self, number: int, large: TracedCall) -> None:
+        """Add the step for a call whose result does not reach the loss, if it involves parameters."""
+        sources = _sources_of(large.inputs, self.sources)
+        if sources:
+            self._note(number, Step(large.function, sources, "plain"), large, None)
+
+    def _note(self, number: int, step: Step, large: TracedCall, changes: Sequence[Tensor | None] | None) -> None:
         self.steps.append(step)
         self.numbers.append(number)
         self.results.append(large.result)

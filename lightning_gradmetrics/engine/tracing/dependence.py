@@ -55,6 +55,7 @@ class Operation(NamedTuple):
         memory: The memory of each tensor argument.
         written: The memory that it changes in place.
         marks: How many entries a mask selects at each position of the first axis, if it depends on the samples.
+        made: The memory of its results.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Operation(NamedTuple):
     memory: tuple[int, ...] = ()
     written: tuple[int, ...] = ()
     marks: tuple[int, ...] = ()
+    made: tuple[int, ...] = ()
 
 
 class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -81,13 +83,16 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         samples: The tensors with samples.
         weights: The parameters.
         recording: The recording of torch functions that runs at the same time, if there is one.
+
+    Attributes:
+        hides_memory: Whether a tensor has memory that its storage does not show, as sparse tensors and subclasses with parts have.
     """
 
     def __init__(
         self, samples: Iterable[Tensor], weights: Iterable[Tensor], recording: Recording | None = None
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._recording = recording
+        self._recording, self.hides_memory = recording, False
         self.operations: list[Operation] = []
         self._bits: dict[int, int] = {}
         self._alive: list[Any] = []
@@ -102,14 +107,16 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Return False: torch would import its compiler, which takes a second, to keep it away from this class."""
         return False
 
-    def _keys(self, tensors: Iterable[Tensor]) -> tuple[int, ...]:
+    def memory_of(self, tensors: Iterable[Tensor]) -> tuple[int, ...]:
         """Return the identities of the storages of tensors, which views share."""
         keys: list[int] = []
         with torch._C.DisableTorchFunction():
             for tensor in tensors:
                 try:
                     storage = tensor.untyped_storage()
+                    self.hides_memory |= type(tensor).__torch_dispatch__ is not _PLAIN_DISPATCH
                 except RuntimeError:  # it has no storage
+                    self.hides_memory = True
                     self._alive.append(tensor)
                     keys.append(id(tensor))
                     continue
@@ -119,12 +126,12 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _add(self, tensors: Iterable[Tensor], bits: int) -> None:
         known = self._bits
-        for key in self._keys(tensors):
+        for key in self.memory_of(tensors):
             known[key] = known.get(key, 0) | bits
 
     def depends(self, value: Any) -> int:
         """Return the combined bits of all tensors in a nested value."""
-        return self._bits_of(self._keys(tensors_in(value)))
+        return self._bits_of(self.memory_of(tensors_in(value)))
 
     def _bits_of(self, keys: Iterable[int]) -> int:
         bits = 0
@@ -137,7 +144,8 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         bits = self.depends(tensor)
         if bits:
             kind = "float" if tensor.is_floating_point() else "other"
-            self.operations.append(Operation("read", bits, (tuple(tensor.shape),), (), {}, read=kind))
+            memory = self.memory_of([tensor])
+            self.operations.append(Operation("read", bits, (tuple(tensor.shape),), (), {}, read=kind, memory=memory))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation and record it."""
@@ -145,7 +153,7 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         schema = schema_of(func)
         arguments = schema.bind(args, kwargs)
         plain, tensors = _parted(arguments)
-        memory = self._keys(tensors)
+        memory = self.memory_of(tensors)
         bits = self._bits_of(memory)
         if schema.is_random:
             bits |= SAMPLES
@@ -158,9 +166,10 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         outputs, written = list(tensors_in(result)), []
         if schema.written:  # such an operation may replace the memory of a tensor
             written = list(tensors_in([arguments.get(name) for name in schema.written]))
-            memory = self._keys(tensors)
+            memory = self.memory_of(tensors)
         if bits:
             self._add((*outputs, *written), bits)
+        made = self.memory_of(outputs)
         operation = Operation(
             schema.name,
             bits,
@@ -175,8 +184,9 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             schema.pointwise,
             self._recording is not None and self._recording.depth == 0,
             memory,
-            self._keys(written) if written else (),
+            self.memory_of(written) if written else (),
             marks,
+            made,
         )
         self.operations.append(operation)
         return result
@@ -255,6 +265,7 @@ def _shapes(tensors: Iterable[Tensor]) -> tuple[tuple[int, ...], ...]:
 
 
 _SHAPE = Tensor.shape.__get__  # type: ignore[attr-defined]
+_PLAIN_DISPATCH = Tensor.__torch_dispatch__
 
 
 def _parted(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[Tensor]]:

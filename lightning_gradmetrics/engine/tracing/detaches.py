@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from torch import Tensor
 
@@ -11,15 +11,19 @@ from lightning_gradmetrics.engine.tracing.dependence import DependenceTrace, Ope
 __all__ = ["used_operations"]
 
 
-def used_operations(trace: DependenceTrace, ends: Iterable[Tensor]) -> list[Operation]:
+def used_operations(
+    trace: DependenceTrace, ends: Iterable[Tensor], unused: Collection[int] = frozenset()
+) -> list[Operation]:
     """Return the operations with one detach instead of several in a row, and without detaches whose result nothing uses.
 
     Args:
         trace: The trace of a forward pass.
         ends: The results of the forward pass.
+        unused: The numbers of other operations to leave out.
     """
     used, kept = set(map(trace.serial, ends)), []
-    for operation in reversed(_merged(trace.operations)):
+    operations = [operation for number, operation in enumerate(trace.operations) if number not in unused]
+    for operation in reversed(_merged(operations)):
         if operation.name != "detach" or not used.isdisjoint(operation.output_serials):
             used.update(operation.input_serials)
             kept.append(operation)

@@ -68,11 +68,12 @@ class Outline:
         has_hooks: Whether the forward pass registers hooks on tensors, stores tensors through hooks or reads nodes of the graph,
             which may change gradients.
         reads: How often Python reads values of a tensor.
+        stores_through_hooks: Whether hooks decide what autograd stores, as in a checkpoint.
     """
 
     def __init__(self, leaves: Mapping[int, tuple[str, int, int]] | None = None) -> None:
         self.sizes: list[int] = []
-        self.has_hooks = False
+        self.has_hooks = self.stores_through_hooks = False
         self.reads = 0
         self.leaves = leaves or {}
         self._calls: list[Any] = []
@@ -146,6 +147,7 @@ class Outline:
 
     def _storing(self) -> str:
         """Return the name of the hook that decides what autograd stores; one that is not part of torch may change gradients."""
+        self.stores_through_hooks = True
         pack, _ = storing_hooks(True) or (None, None)
         name = f"{getattr(pack, '__module__', '')}.{getattr(pack, '__qualname__', type(pack).__qualname__)}"
         if not name.startswith("torch."):
