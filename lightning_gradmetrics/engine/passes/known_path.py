@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.autograd.graph import GradientEdge
 
+from lightning_gradmetrics.engine.passes.image_calls import result_for_images
 from lightning_gradmetrics.engine.passes.inner_calls import HeldStep
 from lightning_gradmetrics.engine.passes.known_calls import KnownCall, KnownPath
 from lightning_gradmetrics.engine.passes.path_check import PathChanged, PathCheck, PathFollower
@@ -69,7 +70,7 @@ class DirectPass(PathCheck):
         """Return the result of a recorded call, and note the steps in it."""
         if known.held is not None:
             return self._hold(known.held, args, kwargs)
-        return self._inside(known, values) if known.inner else known.function(*args, **kwargs)
+        return self._inside(known, values) if known.inner else result_for_images(known.function, args, kwargs)
 
     def _inside(self, known: KnownCall, values: Sequence[Any]) -> Any:
         """Return the result of the calls inside a function."""
