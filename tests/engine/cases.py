@@ -219,6 +219,19 @@ def encoder() -> nn.Module:
     return Recurrent(nn.TransformerEncoder(layer, 2), lambda out: out, 30)
 
 
+class AddedInPlace(nn.Module):
+    """Linear layers over positions, whose results torch returns as views, and which are changed in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(6, 8), nn.Linear(8, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.second(self.first(x).relu_())
+        out += x
+        return self.head(out)[:, 1:].mul_(x[:, 1:, :1]).mean(1)
+
+
 def _x(n: int = 5) -> Tensor:
     return torch.randn(n, 5, 6)
 
@@ -249,6 +262,7 @@ CASES: dict[str, Case] = {
     "seq2seq": lambda: (Seq2Seq(True), _x()),
     "seq2seq_second_axis": lambda: (Seq2Seq(False), _x()),
     "encoder": lambda: (encoder(), _x()),
+    "added_in_place": lambda: (AddedInPlace(), _x()),
     "minor": lambda: (Minor(), _x()),
     "lookup": lambda: (Lookup(), torch.randint(0, 9, (5, 7))),
 }

@@ -41,7 +41,9 @@ def test_equals_reference_in_float32(name):
     assert worst_difference(_statistics(model, x), expected, floor=1e-2) < 1e-4
 
 
-@pytest.mark.parametrize("name", ["linear", "convolutional", "frames", "gru", "tied", "raw", "checkpoint_reentrant"])
+@pytest.mark.parametrize(
+    "name", ["linear", "convolutional", "frames", "gru", "tied", "raw", "added_in_place", "checkpoint_reentrant"]
+)
 @pytest.mark.parametrize("size", [0, 1, 2])
 def test_small_batches(name, size):
     model, x = made(name)

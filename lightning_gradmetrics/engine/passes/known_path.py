@@ -9,7 +9,7 @@ ordinary way.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from operator import is_
 from typing import Any
 
@@ -28,7 +28,7 @@ from lightning_gradmetrics.engine.passes.tracer import Sink, Tracer
 from lightning_gradmetrics.engine.rules import Call, bind
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.engine.tracing.calls import Silence
-from lightning_gradmetrics.engine.tracing.graph import Root, gradients_at
+from lightning_gradmetrics.engine.tracing.graph import gradients_at, with_graph
 
 __all__ = ["DirectPass", "KnownTracer"]
 
@@ -66,6 +66,10 @@ class DirectPass(PathCheck):
         self._held: list[tuple[HeldStep, dict[str, Any], int]] = []
         self._ends: list[Any] = []
 
+    @cached_property
+    def _anchor(self) -> Tensor:
+        return torch.zeros((), device=self._device, requires_grad=True)
+
     def _run(self, known: KnownCall, values: Sequence[Any], args: Any, kwargs: Any) -> Any:
         """Return the result of a recorded call, and note the steps in it."""
         if known.held is not None:
@@ -95,9 +99,7 @@ class DirectPass(PathCheck):
         if self._path.is_pure:  # a result that is changed in place must not be a leaf
             self._ends.append(result if result.requires_grad else result.requires_grad_())
             return result
-        if not result.requires_grad:
-            anchor = torch.zeros((), device=self._device, requires_grad=True)
-            result = Root.apply(result.data, anchor)  # type: ignore[no-untyped-call]
+        result = with_graph(result, self._anchor)
         node: Any = result.grad_fn
         self._ends.append(GradientEdge(node, result.output_nr))
         return result

@@ -21,7 +21,7 @@ from lightning_gradmetrics.engine.rules import RULES, Call, bind
 from lightning_gradmetrics.engine.rules.folded import run_folded
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.engine.tracing.calls import Silence, sources_in
-from lightning_gradmetrics.engine.tracing.graph import Root, gradients_at
+from lightning_gradmetrics.engine.tracing.graph import gradients_at, with_graph
 
 __all__ = ["LargePass"]
 
@@ -99,8 +99,7 @@ class LargePass(DirectPass):
         return hidden
 
     def _hooked(self, held: HeldStep, values: dict[str, Any], result: Tensor) -> Tensor:
-        if not result.requires_grad:
-            result = Root.apply(result.data, self._anchor)  # type: ignore[no-untyped-call]
+        result = with_graph(result, self._anchor)
         hook = partial(self._gradient, held, values, values["input"]._version)
         result.register_hook(hook)  # type: ignore[no-untyped-call]
         return result

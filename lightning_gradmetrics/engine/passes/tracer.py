@@ -29,7 +29,7 @@ from lightning_gradmetrics.engine.tracing.calls import (
     sources_in,
     tensors_in,
 )
-from lightning_gradmetrics.engine.tracing.graph import Copies, Root, gradients_at, saves_through_hooks
+from lightning_gradmetrics.engine.tracing.graph import Copies, gradients_at, saves_through_hooks, with_graph
 from lightning_gradmetrics.engine.tracing.host_reads import READING, tensors_read
 from lightning_gradmetrics.engine.uses import RowsUse, Use, combined
 
@@ -241,9 +241,7 @@ class Tracer(TracerState):
         return not any(name != "input" and isinstance(t, Tensor) and t.requires_grad for name, t in values.items())
 
     def _rooted(self, step: Step, result: Tensor) -> Tensor:
-        if result.requires_grad:
-            return result
-        return Root.apply(result.data, self.anchor)  # type: ignore[no-untyped-call, no-any-return]
+        return with_graph(result, self.anchor)
 
     def _fitted(self, axis: Axis, shape: Sequence[int]) -> Axis:
         """Return the axis with the number of positions per sample that a tensor has on it.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_gradmetrics.engine.kernels import PositionTotals
+from lightning_gradmetrics.engine.kernels import PositionTotals, onednn
 from lightning_gradmetrics.engine.rules.base import Call, all_but_last, rule
 from lightning_gradmetrics.engine.rules.sums import of_product
 from lightning_gradmetrics.engine.uses import LinearUse, OuterUse, RowsUse, Use
@@ -35,12 +35,32 @@ def _inner_axis(call: Call) -> bool:
     return call.axis == call.out and call.axis.dim < ndim - 1
 
 
+def _run_linear(values: dict[str, Any]) -> Tensor:
+    x, weight, bias = values["input"], values["weight"], values.get("bias")
+    x = x.contiguous() if _has_positions(values) else x
+    return onednn.linear(x, weight, bias) if onednn.computes(x, weight) else F.linear(x, weight, bias)
+
+
+def _run_product(values: dict[str, Any]) -> Tensor:
+    x, weight = values["input"], values["weight"]
+    x = x.contiguous() if _has_positions(values) else x
+    return onednn.linear(x, weight.t(), None) if onednn.computes(x, weight) else torch.matmul(x, weight)
+
+
+def _run_affine(values: dict[str, Any]) -> Tensor:
+    x, weight, bias = values["input"], values["weight"], values["bias"]
+    if onednn.computes(x, weight) and len(bias) == weight.shape[1]:
+        return onednn.linear(x, weight.t(), bias)
+    return torch.addmm(bias, x, weight)
+
+
 @rule(
     F.linear,
     arguments="input weight bias",
     weights="weight bias",
     accepts=_inner_axis,
     dense=_has_positions,
+    run=_run_linear,
     row_axes=all_but_last,
     takes_rows=True,
     sums=of_product,
@@ -84,6 +104,7 @@ def _matrix(call: Call) -> bool:
     weights="weight",
     accepts=_matrix,
     dense=_has_positions,
+    run=_run_product,
     row_axes=all_but_last,
     sums=of_product,
 )
@@ -102,6 +123,7 @@ def _affine(call: Call) -> bool:
     arguments="bias input weight beta alpha",
     weights="weight bias",
     accepts=_affine,
+    run=_run_affine,
     row_axes=all_but_last,
     sums=of_product,
 )

@@ -1,26 +1,26 @@
 """One direction of an LSTM layer as one node of the graph, with a written-out backward pass through time.
 
 Let ``z_t = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh`` be the gates. The gradients of all parameters follow from those of the gates:
-``W_hh`` is used by one linear layer on the earlier hidden states ``h_{t-1}``, which are known constants once the forward
-pass has run. The node returns the gradients of the gates, which include all later steps.
+``W_hh`` is used by one linear layer on the earlier hidden states ``h_{t-1}``, which torch's own LSTM computes, so that they are
+known constants. The node returns the gradients of the gates, which include all later steps.
 
-While a model is probed, the forward pass of a direction is one operator. A proof that samples are kept apart needs one rule for it
-(:mod:`~lightning_gradmetrics.engine.tracing.layout_rules`), and no trace of each time step.
+While a model is probed, the hidden states of a direction and its cell states are the results of two operators. A proof that samples are
+kept apart needs one rule for them (:mod:`~lightning_gradmetrics.engine.tracing.layout_rules`), and no trace of each time step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_gradmetrics.engine.kernels import onednn
 from lightning_gradmetrics.engine.kernels.operators import operator
 
-__all__ = ["is_supported", "lstm_direction", "lstm_run"]
+__all__ = ["is_supported", "lstm_cells", "lstm_direction", "lstm_hidden"]
 
 
 def is_supported(projected: Tensor, tensors: Sequence[Tensor]) -> bool:
@@ -40,85 +40,78 @@ def is_supported(projected: Tensor, tensors: Sequence[Tensor]) -> bool:
     return kinds == {(projected.dtype, "cpu")}
 
 
-@dataclass
-class _Run:
-    """A forward pass without a graph; everything but the last states has the shape ``(T, N, ...)``.
-
-    Args:
-        backwards: Whether the last time comes first.
-        hidden: The hidden states.
-        cells: The cell states.
-        gates: The sigmoids of all gates, ``(T, N, 4 H)``.
-        candidates: The hyperbolic tangents of the third gates.
-        earlier: The hidden states before each step.
-        earlier_cells: The cell states before each step.
-        last: The hidden state at the end, ``(N, H)``.
-        last_cell: The cell state at the end.
-    """
-
-    backwards: bool
-    hidden: Tensor
-    cells: Tensor
-    gates: Tensor
-    candidates: Tensor
-    earlier: Tensor
-    earlier_cells: Tensor
-    last: Tensor
-    last_cell: Tensor
-
-
 def lstm_direction(
-    projected: Tensor, state: Sequence[Tensor], w_hh: Tensor, b_hh: Tensor | None, backwards: bool
+    x: Tensor, projected: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor | None], backwards: bool
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return the hidden states of one direction of a layer, ``(T, N, H)``, and its last hidden and cell states.
 
     Args:
+        x: The inputs, ``(T, N, D)``.
         projected: ``W_ih x_t + b_ih``, ``(T, N, 4 H)``.
         state: The first hidden and cell states, ``(N, H)``.
-        w_hh: The recurrent weights, ``(4 H, H)``.
-        b_hh: Their biases, ``(4 H,)``.
+        weights: ``W_ih``, ``W_hh``, ``b_ih`` and ``b_hh``; the biases may be ``None``.
         backwards: Whether the last time comes first.
     """
-    hidden, cell = state
-    with torch._C.DisableTorchFunction(), torch.no_grad():  # the parameters are used in the linear layer below
-        weight, bias = w_hh.detach(), None if b_hh is None else b_hh.detach()
-        results = lstm_run(projected.detach(), hidden.detach(), cell.detach(), weight, bias, backwards)
-        run = _Run(backwards, *results)
-    recurrent = F.linear(run.earlier, w_hh, b_hh)
-    outputs, *last = _Recurrence.apply(projected, recurrent, hidden, cell, weight, run)  # type: ignore[no-untyped-call]
+    first, cell = state
+    with torch._C.DisableTorchFunction(), torch.no_grad():  # the parameters are used in linear layers
+        hidden = lstm_hidden(x, first, cell, *weights, backwards)
+        earlier = _shifted(first.unsqueeze(0), hidden, backwards)
+    _, w_hh, _, b_hh = weights
+    assert w_hh is not None
+    recurrent = F.linear(earlier, w_hh, b_hh)
+    outputs, *last = _Recurrence.apply(projected, recurrent, first, cell, w_hh.detach(), backwards)  # type: ignore[no-untyped-call]
     return outputs, tuple(last)
 
 
-def _empty(projected: Tensor, hidden: Tensor, *_: Any) -> list[Tensor]:
-    """Return tensors like the results of :func:`lstm_run`."""
-    times, size = projected.shape[0], hidden.shape[-1]
-    widths = (size, size, 4 * size, size, size, size)
-    rows = [hidden.new_empty(times, hidden.shape[0], width) for width in widths]
-    return [*rows, torch.empty_like(hidden), torch.empty_like(hidden)]
+def _empty_hidden(x: Tensor, hidden: Tensor, *_: Any) -> Tensor:
+    """Return a tensor like the result of :func:`lstm_hidden`."""
+    return hidden.new_empty(x.shape[0], *hidden.shape)
 
 
 @operator(
-    "(Tensor projected, Tensor hidden, Tensor cell, Tensor weight, Tensor? bias, bool backwards) -> Tensor[]", _empty
+    "(Tensor x, Tensor hidden, Tensor cell, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, bool backwards) -> Tensor",
+    _empty_hidden,
 )
-def lstm_run(
-    projected: Tensor, hidden: Tensor, cell: Tensor, weight: Tensor, bias: Tensor | None, backwards: bool
-) -> list[Tensor]:
-    """Return the tensors of a :class:`_Run`; the arguments are those of :func:`lstm_direction`, without graphs."""
-    rows: list[tuple[Tensor, ...]] = []
-    first, size = (hidden.unsqueeze(0), cell.unsqueeze(0)), cell.shape[1]
-    steps = (projected if bias is None else projected + bias).unbind(0)
-    transposed = weight.t().contiguous()  # otherwise every product transposes it
-    for step in steps[::-1] if backwards else steps:
-        values = step + hidden @ transposed
-        gates = values.sigmoid()
-        i, f, _, o = gates.chunk(4, -1)
-        candidate = values.narrow(-1, 2 * size, size).tanh()
-        cell = torch.addcmul(f * cell, i, candidate)
-        hidden = o * cell.tanh()
-        rows.append((hidden, cell, gates, candidate))
-    columns = list(map(torch.stack, zip(*(rows[::-1] if backwards else rows), strict=True)))
-    earlier = [_shifted(state, states, backwards) for state, states in zip(first, columns[:2], strict=True)]
-    return [*columns, *earlier, hidden, cell]
+def lstm_hidden(
+    x: Tensor,
+    hidden: Tensor,
+    cell: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    backwards: bool,
+) -> Tensor:
+    """Return the hidden states ``(T, N, H)`` of torch's own LSTM; the arguments are those of :func:`lstm_direction`."""
+    weights = [tensor for tensor in (w_ih, w_hh, b_ih, b_hh) if tensor is not None]
+    start = (hidden.unsqueeze(0), cell.unsqueeze(0))
+    inputs = x.flip(0) if backwards else x
+    states: Tensor = torch.lstm(inputs, start, weights, b_ih is not None, 1, 0.0, False, False, False)[0]
+    return states.flip(0) if backwards else states
+
+
+def _empty_cells(gates: Tensor, cell: Tensor, _: bool) -> list[Tensor]:
+    """Return tensors like the results of :func:`lstm_cells`."""
+    states = cell.new_empty(len(gates), *cell.shape)
+    return [torch.empty_like(gates), states, torch.empty_like(states)]
+
+
+@operator("(Tensor gates, Tensor cell, bool backwards) -> Tensor[]", _empty_cells)
+def lstm_cells(gates: Tensor, cell: Tensor, backwards: bool) -> list[Tensor]:
+    """Return the sigmoids of all gates, ``(T, N, 4 H)``, the hyperbolic tangents of the third, and all cell states.
+
+    Args:
+        gates: ``z_t`` for all times, ``(T, N, 4 H)``.
+        cell: The first cell state, ``(N, H)``.
+        backwards: Whether the last time comes first.
+    """
+    sigmoids, size = gates.sigmoid(), cell.shape[-1]
+    candidates = gates.narrow(-1, 2 * size, size).tanh()
+    cells = sigmoids.narrow(-1, 0, size) * candidates
+    steps = list(zip(cells.unbind(0), sigmoids.narrow(-1, size, size).unbind(0), strict=True))
+    for added, kept in steps[::-1] if backwards else steps:
+        cell = added.addcmul_(kept, cell)
+    return [sigmoids, candidates, cells]
 
 
 def _shifted(first: Tensor, states: Tensor, backwards: bool) -> Tensor:
@@ -127,22 +120,33 @@ def _shifted(first: Tensor, states: Tensor, backwards: bool) -> Tensor:
 
 
 class _Recurrence(torch.autograd.Function):
-    """Returns the states of a run; its backward pass returns the gradients of the gates and of the first states."""
+    """Returns the states of a layer; its backward pass returns the gradients of the gates and of the first states."""
 
     @staticmethod
     def forward(
-        ctx: Any, projected: Tensor, recurrent: Tensor, hidden: Tensor, cell: Tensor, weight: Tensor, run: _Run
+        ctx: Any,
+        projected: Tensor,
+        recurrent: Tensor,
+        first: Tensor,
+        cell: Tensor,
+        weight: Tensor,
+        backwards: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.backwards = run.backwards
-        ctx.save_for_backward(weight, run.gates, run.candidates, run.cells, run.earlier_cells)
-        return run.hidden, run.last, run.last_cell
+        with torch._C.DisableTorchFunction():  # these are no calls of the model
+            gates, candidates, cells = lstm_cells(projected + recurrent, cell, backwards)
+            squashed, end = cells.tanh(), 0 if backwards else -1
+            hidden = gates.narrow(-1, 3 * cell.shape[-1], cell.shape[-1]) * squashed
+            earlier_cells = _shifted(cell.unsqueeze(0), cells, backwards)
+            last = hidden[end].clone(), cells[end].clone()
+        ctx.backwards = backwards
+        ctx.save_for_backward(weight, gates, candidates, squashed, earlier_cells)
+        return hidden, *last
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        weight, gates, candidates, cells, earlier_cells = ctx.saved_tensors
+        weight, gates, candidates, squashed, earlier_cells = ctx.saved_tensors
         of_outputs, of_hidden, of_cell = gradients
         i, f, _, o = gates.chunk(4, -1)
-        squashed = cells.tanh()
         through_sigmoid, through_tanh = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
         factors = (
             through_sigmoid(candidates, i),
@@ -157,7 +161,7 @@ class _Recurrence(torch.autograd.Function):
             of_cell = torch.addcmul(of_cell, of_hidden, through_cells[t])
             by_gate[t, :, :3] *= of_cell.unsqueeze(1)
             by_gate[t, :, 3] *= of_hidden
-            of_hidden = by_gate[t].flatten(1) @ weight
+            of_hidden = onednn.product(by_gate[t].flatten(1), weight)
             of_cell = of_cell * f[t]
         together = by_gate.flatten(2)
         return together, together, of_hidden, of_cell, None, None

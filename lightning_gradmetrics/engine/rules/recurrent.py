@@ -54,8 +54,9 @@ def _direction(cell: Cell, x: Tensor, state: State, weights: Sequence[Tensor | N
     """Return one direction of one layer, ``(T, N, D) -> (T, N, H)``, and its last state."""
     w_ih, w_hh, b_ih, b_hh, projection = weights
     whole = _linear(x, w_ih, b_ih)
-    if cell is lstm_cell and projection is None and w_hh is not None and is_supported(whole, (*state, w_hh)):
-        return lstm_direction(whole, state, w_hh, b_hh, reverse)
+    used = [tensor for tensor in (x, *state, *weights) if tensor is not None]
+    if cell is lstm_cell and projection is None and is_supported(whole, used):
+        return lstm_direction(x, whole, state, weights[:4], reverse)
     projected = whole.unbind(0)
     outputs = []
     for step in projected[::-1] if reverse else projected:

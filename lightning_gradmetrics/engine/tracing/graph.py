@@ -15,13 +15,13 @@ from lightning_gradmetrics.engine.tracing.calls import opened
 __all__ = [
     "Copies",
     "GroupNormCrashError",
-    "Root",
     "ends_of_group_norms",
     "gradients_at",
     "reached_parameters",
     "runs_custom_code",
     "runs_users_code",
     "saves_through_hooks",
+    "with_graph",
     "storing_hooks",
     "without_storing_hooks",
 ]
@@ -40,6 +40,21 @@ class Root(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:  # type: ignore[override]
         """Return no gradient: the graph ends here."""
         return None, None
+
+
+def with_graph(result: Tensor, anchor: Tensor) -> Tensor:
+    """Return a layer's result as a tensor whose hooks get its gradient, also if the model changes it in place.
+
+    A tensor without a graph gets one. For a view, such as a linear layer returns for an input with positions, this is another tensor
+    with the same memory that is no view: hooks on a view are lost when it is changed in place.
+
+    Args:
+        result: The result.
+        anchor: A scalar with a graph.
+    """
+    if not result.requires_grad:
+        return Root.apply(result.data, anchor)  # type: ignore[no-untyped-call, no-any-return]
+    return torch.ops.aten._unsafe_view(result, result.shape) if result._is_view() else result  # type: ignore[no-any-return]
 
 
 class Copies(torch.autograd.Function):

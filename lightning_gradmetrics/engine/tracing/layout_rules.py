@@ -291,14 +291,14 @@ def _attention(step: Step) -> list[Layout]:
 
 
 def _lstm(step: Step) -> list[Layout]:
-    """One direction of an LSTM layer: projected inputs ``(T, N, ...)``, states ``(N, ...)`` and weights, as in ``rules/recurrence.py``."""
-    projected, *states = step.layouts[:3]
-    if projected is None or projected.dim != 1 or any(layout is not None for layout in step.layouts[3:]):
+    """One direction of an LSTM layer: rows ``(T, N, ...)``, states ``(N, ...)`` and weights, as in ``rules/recurrence.py``."""
+    rows, *others = step.layouts
+    states, weights = others[:2], others[2:]
+    if rows is None or rows.dim != 1 or any(layout is not None for layout in weights):
         raise UnprovenError
-    row = projected.moved(0)
-    if any(layout not in (None, row) for layout in states):
+    if any(layout not in (None, rows.moved(0)) for layout in states):
         raise UnprovenError
-    return [projected] * 6 + [row] * 2
+    return [rows] * len(step.operation.outputs)
 
 
 _FAMILIES: dict[Callable[[Step], Any], str] = {
@@ -348,7 +348,7 @@ _FAMILIES: dict[Callable[[Step], Any], str] = {
     gathered: "gather",
     picked: "index",
     put: "index_put",
-    _lstm: "lightning_gradmetrics::lstm_run",
+    _lstm: "lightning_gradmetrics::lstm_hidden lightning_gradmetrics::lstm_cells",
     _attention: "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_attention_math "
     "_scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention "
     "scaled_dot_product_attention _scaled_dot_product_fused_attention_overrideable",
