@@ -25,22 +25,25 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, *rest: Any) -> Tensor:
         bias, mean, variance, eps, cudnn, early = rest
-        factor = torch.rsqrt(variance + eps)
-        factor = factor if weight is None else factor * weight
-        ctx.save_for_backward(factor)
-        ctx.early = early
-        if early is not None:
-            early.factor = factor
+        # With room for a product, the factor is computed only if a backward pass finds none.
+        ctx.save_for_backward(*((weight, variance) if early is not None else (_factor(weight, variance, eps),)))
+        ctx.early, ctx.eps = early, eps
         return torch.batch_norm(x, weight, bias, mean, variance, False, 0.0, eps, cudnn)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        (factor,) = ctx.saved_tensors
         product = None if ctx.early is None else ctx.early.taken(gradient)
         if product is not None:
             return product, *[None] * 7
+        factor = ctx.saved_tensors[0] if ctx.early is None else _factor(*ctx.saved_tensors, ctx.eps)
         product = gradient * factor.view(1, -1, *[1] * (gradient.ndim - 2))
         return product if product.dtype == gradient.dtype else product.to(gradient.dtype), *[None] * 7
+
+
+def _factor(weight: Tensor | None, variance: Tensor, eps: float) -> Tensor:
+    """Return the factors of the output's gradient in that of the input, ``(C,)``."""
+    factor = torch.rsqrt(variance + eps)
+    return factor if weight is None else factor * weight
 
 
 @dataclass
@@ -48,11 +51,9 @@ class EarlyProduct:
     """The gradient of a frozen batch norm's input, computed by a hook of its output in the same pass as other sums.
 
     Args:
-        factor: The factors of the output's gradient, ``(C,)``, set in the forward pass.
         is_late: Whether the backward pass ran without a product, so that a hook would compute it for nothing.
     """
 
-    factor: Tensor | None = None
     is_late: bool = False
     _product: tuple[Tensor, int, Tensor] | None = None
 

@@ -91,7 +91,7 @@ class SumJob(ctypes.Structure):
     """``sum_job`` of ``sums.c``."""
 
     _fields_ = (
-        _pointers("x g out rows scaled mean variance factor")
+        _pointers("x g out rows scaled mean variance weight")
         + _fields(ctypes.c_double, "eps")
         + _integers("samples channels positions")
         + _integers("x_sample x_channel x_position g_sample g_channel g_position normalised")

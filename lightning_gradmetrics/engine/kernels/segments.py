@@ -111,7 +111,8 @@ class Segments:
             names: The parameters that were added, in the order of the columns.
             undo: Factors of the gradients, ``(N,)``.
         """
-        order = list(map(self.names.index, names))
+        numbers = dict(zip(self.names, range(len(self.names)), strict=True))
+        order = list(map(numbers.__getitem__, names))
         if undo is not None and not (undo.dtype == torch.float64 and undo.is_contiguous()):
             undo = undo.to(torch.float64).contiguous()
         left, right = list(map(self._left.__getitem__, order)), list(map(self._right.__getitem__, order))

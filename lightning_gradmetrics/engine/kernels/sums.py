@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +42,7 @@ class NormRows:
 
 
 def native_norm(
-    x: Tensor, g: Tensor, mean: Tensor, variance: Tensor, eps: float, factor: Tensor | None
+    x: Tensor, g: Tensor, mean: Tensor, variance: Tensor, eps: float, weight: Tensor | None
 ) -> NormRows | None:
     """Return the gradients of a batch norm with running statistics, in one pass over both tensors.
 
@@ -51,26 +52,48 @@ def native_norm(
         mean: The running mean, ``(C,)``.
         variance: The running variance, ``(C,)``.
         eps: Added to the variance.
-        factor: The factors of ``g`` in the gradient of the input, ``(C,)``; ``None`` if that gradient is not wanted.
+        weight: The weight, ``(C,)``; ``None`` if the gradient of the input is not wanted.
 
     Returns:
         The gradients; ``None`` if the kernel does not cover these types or this order in memory.
     """
-    channels = [mean, variance] if factor is None else [mean, variance, factor]
-    if not g.numel() or not supports(g, ()) or {x.dtype, *(t.dtype for t in channels)} != {g.dtype}:
+    dtype = g.dtype
+    if not supports(g, ()) or x.dtype != dtype or not _are_vectors(dtype, mean, variance):
         return None
-    product = None if factor is None else torch.empty_like(g)
-    flat_x, flat_g = x.flatten(2), g.flatten(2)
-    is_view = flat_x.data_ptr() == x.data_ptr() and flat_g.data_ptr() == g.data_ptr()
-    is_dense = product is None or product.stride() == g.stride()
-    if not (is_view and is_dense and _share_unit_stride(flat_g, flat_x) and all(t.is_contiguous() for t in channels)):
+    if weight is not None and not _are_vectors(dtype, weight):
         return None
-    rows = torch.empty(2, *g.shape[:2], dtype=g.dtype)
-    job = _job(flat_g, flat_x, rows=rows.data_ptr(), mean=mean.data_ptr(), variance=variance.data_ptr(), eps=eps)
-    if factor is not None and product is not None:
-        job.factor, job.scaled = factor.data_ptr(), product.data_ptr()
+    plan = _norm_plan(g.shape, x.stride(), g.stride())
+    if plan is None:
+        return None
+    product = None if weight is None else torch.empty_like(g)
+    if product is not None and product.stride() != g.stride():
+        return None
+    rows = torch.empty(2, *g.shape[:2], dtype=dtype)
+    job = SumJob.from_buffer_copy(plan)
+    job.g, job.x, job.rows = g.data_ptr(), x.data_ptr(), rows.data_ptr()
+    job.mean, job.variance, job.eps = mean.data_ptr(), variance.data_ptr(), eps
+    if weight is not None and product is not None:
+        job.weight, job.scaled = weight.data_ptr(), product.data_ptr()
     _run(job, g)
-    return NormRows(rows[0], rows[1], product)
+    bias_row, weight_row = rows.unbind()
+    return NormRows(bias_row, weight_row, product)
+
+
+def _are_vectors(dtype: torch.dtype, *tensors: Tensor) -> bool:
+    return all(tensor.dtype == dtype and tensor.is_contiguous() for tensor in tensors)
+
+
+@functools.lru_cache(maxsize=512)
+def _norm_plan(shape: torch.Size, x_stride: tuple[int, ...], g_stride: tuple[int, ...]) -> SumJob | None:
+    """Return the arguments without addresses for tensors ``(N, C, *S)`` with these strides; ``None`` if the kernel does not cover them."""
+    if not shape.numel():
+        return None
+    with torch._C.DisableTorchFunction():
+        x, g = (torch.empty_strided(shape, stride, device="meta") for stride in (x_stride, g_stride))
+        if x.flatten(2)._base is not x or g.flatten(2)._base is not g:
+            return None
+        x, g = x.flatten(2), g.flatten(2)
+        return _job(g, x) if _share_unit_stride(g, x) else None
 
 
 WIDEST = 4096

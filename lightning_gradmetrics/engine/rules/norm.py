@@ -88,9 +88,9 @@ def _by_kernel(call: Call, g: Tensor) -> dict[str, Use] | None:
     if call.slots != {"weight", "bias"} or call.axis.times != 1 or values["input"].ndim < 3 or not supports(g, ()):
         return None
     gradient, early = _base(g.squeeze(1)), values.get("early")
-    factor = early.factor if early is not None and not early.is_late and gradient is g._base else None
+    is_early = early is not None and not early.is_late and gradient is g._base
     statistics = (values["running_mean"], values["running_var"], values["eps"])
-    found = native_norm(values["input"], gradient, *statistics, factor)
+    found = native_norm(values["input"], gradient, *statistics, values["weight"] if is_early else None)
     if found is None:
         return None
     if early is not None and found.product is not None:

@@ -8,8 +8,8 @@ typedef struct {
   const REAL *x, *g;                    /* x may be null */
   double *out;                          /* (2, samples, channels): sums of g, sums of x g; null if rows are wanted */
   REAL *rows;                           /* (2, samples, channels): the same, where x is normalised if there is a mean */
-  REAL *scaled;                         /* g times the factor of its channel, with the strides of g; may be null */
-  const REAL *mean, *variance, *factor; /* (channels) */
+  REAL *scaled;                         /* the gradient of the input of a batch norm, with the strides of g; may be null */
+  const REAL *mean, *variance, *weight; /* (channels) */
   double eps;
   int64_t samples, channels, positions;
   int64_t x_sample, x_channel, x_position, g_sample, g_channel, g_position;
@@ -31,9 +31,12 @@ inline_always void store(const sum_job *j, int64_t n, int64_t c, double sum, dou
   if (j->x) j->rows[second] = (REAL)(j->mean ? (product - sum * j->mean[c]) / sqrt(j->variance[c] + j->eps) : product);
 }
 
+/* The factor of g in the gradient of the input of a batch norm. */
+inline_always REAL factor_of(const sum_job *j, int64_t c) { return (REAL)(j->weight[c] / sqrt(j->variance[c] + j->eps)); }
+
 /* One channel whose positions are adjacent in memory. */
 inline_always void channel_sums(const sum_job *j, int64_t n, int64_t c, const REAL *x, const REAL *g, REAL *scaled) {
-  const REAL factor = scaled ? j->factor[c] : 1;
+  const REAL factor = scaled ? factor_of(j, c) : 1;
   double sum = 0, product = 0;
   for (int64_t p = 0; p < j->positions; p += CHUNK) {
     int size = j->positions - p < CHUNK ? (int)(j->positions - p) : CHUNK, i = 0;
@@ -59,10 +62,9 @@ inline_always void channel_sums(const sum_job *j, int64_t n, int64_t c, const RE
 /* Up to CHUNK channels from `first` on, which are adjacent in memory. */
 inline_always void position_sums(const sum_job *j, int64_t n, int64_t first, int width, const REAL *x, const REAL *g,
                                  REAL *scaled) {
-  const REAL *factor = scaled ? j->factor + first : NULL;
-  REAL a[CHUNK], b[CHUNK];
+  REAL a[CHUNK], b[CHUNK], factor[CHUNK];
   double sum[CHUNK], product[CHUNK];
-  for (int c = 0; c < width; c++) sum[c] = product[c] = 0;
+  for (int c = 0; c < width; c++) sum[c] = product[c] = 0, factor[c] = scaled ? factor_of(j, first + c) : 1;
   for (int64_t p = 0; p < j->positions; p += 64) {
     int64_t end = p + 64 < j->positions ? p + 64 : j->positions;
     memset(a, 0, sizeof(REAL) * width);
