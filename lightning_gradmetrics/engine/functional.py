@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_gradmetrics.classifier.forward import map_tensors
 from lightning_gradmetrics.engine.places import tensors_by_place
+from lightning_gradmetrics.engine.refusals import raise_if_out_of_memory
 from lightning_gradmetrics.engine.task import Task, empty_moments, joined
 from lightning_gradmetrics.gradients.precision import accumulator, at_least_float32
 from lightning_gradmetrics.gradients.scaling import rescaled_moments, unit_scale
@@ -26,8 +27,9 @@ def functional_moments(task: Task) -> list[Moments]:
     """Return the moments ``(N, P)`` of each objective's gradient, by ``vmap(grad)`` in chunks of samples.
 
     Raises:
-        NotImplementedError: If ``torch.func`` cannot run the model.
+        NotImplementedError: If ``torch.func`` cannot run the model, or a parameter has a hook, which it does not call.
     """
+    _refuse_hooks(task)
     entries_of_sample = sum(parameter.numel() for parameter in task.parameters.values())
     limit = ENTRIES if task.memory is None else min(ENTRIES, task.memory // 16)
     step = max(1, limit // max(entries_of_sample, 1))
@@ -35,8 +37,9 @@ def functional_moments(task: Task) -> list[Moments]:
     for start in range(0, task.size, step):
         try:
             parts.append(_chunk_moments(task.rows(start, start + step)))
-        except (RuntimeError, ValueError) as error:
-            if not any(map(str(error).__contains__, _NAMES)):
+        except Exception as error:  # torch.func, and operations that it does not cover, raise many kinds of errors
+            raise_if_out_of_memory(error)
+            if not _runs_without(task.rows(start, start + 1)):
                 raise
             raise NotImplementedError(
                 f"torch.func cannot run {type(task.model).__name__}, which engine='vmap' needs: use engine='auto' or 'reference' ({error})"
@@ -44,8 +47,23 @@ def functional_moments(task: Task) -> list[Moments]:
     return joined(parts)
 
 
-_NAMES = ("functorch", "torch.func", "vmap", "stateless API")
-"""Parts of the errors that ``torch.func`` raises."""
+def _refuse_hooks(task: Task) -> None:
+    for name, parameter in task.parameters.items():
+        if parameter._backward_hooks:
+            raise NotImplementedError(
+                f"the parameter {name} has a hook, which torch.func does not call: use engine='auto' or 'reference', or remove the hook"
+            )
+
+
+def _runs_without(task: Task) -> bool:
+    """Return whether the losses can be computed without ``torch.func``; then it is the cause of an error."""
+    try:
+        logits = task.forward()
+        for index in range(len(task.losses)):
+            task.loss(index, logits)
+    except Exception:  # the error of the model or of an objective, which is the first one too
+        return False
+    return True
 
 
 class _NoReplacedData(TorchFunctionMode):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import gc
 import io
+from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -266,6 +268,34 @@ def test_two_collectors_on_one_model(targets):
     del one
     gc.collect()
     torch.testing.assert_close(other(losses()), expected[1], rtol=1e-6, atol=1e-9, check_dtype=False)
+
+
+COMPILED: dict[str, Callable[[nn.Sequential], Any]] = {
+    "a layer": lambda model: model[0].compile(backend="eager"),
+    "a function": lambda model: setattr(model[0], "forward", torch.compile(model[0].forward, backend="eager")),
+}
+
+
+@pytest.mark.parametrize("kind", COMPILED)
+def test_layers_that_are_compiled_after_they_were_planned_take_one_pass_per_loss(kind: str) -> None:
+    """The calls inside are hidden: the gradients of their parameters were taken for zero."""
+    model, losses = small()
+    collector = norms(GradientMetricCollector, ours, model)
+    expected = collector(losses())
+    COMPILED[kind](model)
+    with pytest.warns(UserWarning, match="the calls inside a compiled module or function are hidden"):
+        torch.testing.assert_close(collector(losses()), expected)
+    torch.testing.assert_close(collector(losses()), expected)
+    torch._dynamo.reset()
+
+
+def test_parameters_that_were_replaced_are_refused() -> None:
+    model, losses = small()
+    collector = norms(GradientMetricCollector, ours, model)
+    collector(losses())
+    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+    with pytest.raises(ValueError, match=r"were replaced after it was made.*make new metrics and a new collector"):
+        collector(losses())
 
 
 def test_autocast_around_the_forward_pass_only():

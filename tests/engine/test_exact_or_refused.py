@@ -346,6 +346,33 @@ def test_torch_func_gets_losses_of_their_own_scale_or_refuses():
         gradient_statistics(_Needing().double(), x, "uniform", engine="vmap")
 
 
+class _InPlace(nn.Module):
+    """Adds the samples to a constant in place, which torch.func cannot map over the samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        padded = torch.zeros(len(x), 4)
+        padded[:, 1:] += x[:, 1:]
+        return self.head(padded)
+
+
+def test_errors_of_operations_under_torch_func_say_what_to_do() -> None:
+    with pytest.raises(NotImplementedError, match=r"torch\.func cannot run _InPlace.*use engine='auto'.*doesn't match"):
+        gradient_statistics(_InPlace(), torch.randn(5, 4), "uniform", engine="vmap")
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        gradient_statistics(nn.Linear(3, 3), torch.randn(5, 4), "uniform", engine="vmap")
+
+
+def test_hooks_of_parameters_are_refused_by_torch_func_which_does_not_call_them() -> None:
+    model, x = nn.Linear(4, 3), torch.randn(5, 4)
+    model.weight.register_hook(torch.zeros_like)
+    with pytest.raises(NotImplementedError, match=r"weight has a hook, which torch\.func does not call"):
+        gradient_statistics(model, x, "uniform", engine="vmap")
+
+
 class _Decided(nn.Module):
     """Returns class numbers in place of logits."""
 

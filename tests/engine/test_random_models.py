@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 import warnings
 from typing import Any
@@ -172,6 +173,14 @@ def test_numbers_without_an_effect_are_reported_once(name: str, engine: str) -> 
         found = gradient_statistics(model, x, "pseudo_label", engine=engine)
     again = gradient_statistics(model, x, "pseudo_label", engine=engine)
     torch.testing.assert_close(again.moments, found.moments)
+
+
+def test_a_state_out_of_sight_that_few_passes_do_not_change_is_found_when_gradients_disagree() -> None:
+    factors = itertools.cycle([1.0, 1.0, 2.0])
+    model = Net(lambda net, x: net.head(torch.tanh(net.a(x)) * next(factors))).double().eval()
+    for _ in range(3):
+        with pytest.raises(NotReproducibleError, match="torch's default generators"):
+            gradient_statistics(model, numbers(5, WIDTH), "pseudo_label")
 
 
 def test_one_warning_says_that_the_gradients_are_those_of_one_draw() -> None:

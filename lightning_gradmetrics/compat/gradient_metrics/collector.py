@@ -70,9 +70,11 @@ class GradientMetricCollector:
             ``(N, dim)``, without a graph.
 
         Raises:
-            ValueError: If the loss requires no gradient, or is not ``(N,)``.
+            ValueError: If the loss requires no gradient, or is not ``(N,)``; or if a target layer no longer has a parameter that
+                it had when its metric was made.
         """
         _check_loss(loss)
+        _check_present(self._metrics)
         self.reset()
         collected = self._collected(loss, retain_graph) if len(loss) else None
         with torch.no_grad():
@@ -303,6 +305,25 @@ def _check_trainable(parameters: Sequence[Tensor]) -> None:
                 "a target tensor requires no gradient, and the forward pass of its layer was not recorded: build the "
                 "collector with the layer (not the tensor) before the forward pass, or call requires_grad_() on the "
                 "tensor first"
+            )
+
+
+def _check_present(metrics: Sequence[GradientMetric]) -> None:
+    """Refuse layers of which parameters were replaced: the loss does not depend on the old ones, whose gradients are zero."""
+    present: dict[nn.Module, set[int]] = {}
+    for metric in metrics:
+        known: set[int] = set()
+        for target in metric.target_layers:
+            if isinstance(target, Tensor):
+                known.add(id(target))
+                continue
+            if target not in present:
+                present[target] = set(map(id, target.parameters()))
+            known |= present[target]
+        if not known.issuperset(map(id, metric.target_parameters)):
+            raise ValueError(
+                f"parameters of the layers of {type(metric).__name__} were replaced after it was made, as by load_state_dict(assign=True), "
+                "a parametrization or another layer: make new metrics and a new collector"
             )
 
 

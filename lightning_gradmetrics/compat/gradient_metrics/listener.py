@@ -11,7 +11,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.compat.gradient_metrics.planning import ModulePlan
+from lightning_gradmetrics.compat.gradient_metrics.planning import COMPILED, ModulePlan
 from lightning_gradmetrics.engine.passes.plan import PlanError, Step
 from lightning_gradmetrics.engine.passes.tracer import Tracer
 from lightning_gradmetrics.engine.tracing.calls import opened
@@ -58,6 +58,8 @@ class Listener(Tracer):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one call; an unplanned call ends the recording but does not affect the user's forward pass."""
+        if torch.compiler.is_compiling():  # torch.compile traces this function, and leaves out hooks on tensors
+            self.broken = COMPILED
         if self.broken:
             return func(*args, **(kwargs or {}))
         try:

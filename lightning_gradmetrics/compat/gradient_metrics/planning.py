@@ -26,9 +26,10 @@ from lightning_gradmetrics.engine.tracing.host_reads import PlannedRead
 from lightning_gradmetrics.engine.tracing.model_state import ForwardState, attribute_key, note_volatile
 from lightning_gradmetrics.engine.tracing.trace import CallTrace
 
-__all__ = ["ModulePlan", "plan_module", "samples_in"]
+__all__ = ["COMPILED", "ModulePlan", "plan_module", "samples_in"]
 
 COUPLED = "the samples of a batch depend on each other in the watched module"
+COMPILED = "the calls inside a compiled module or function are hidden"
 SCRIPTED = "the calls inside a scripted module are hidden"
 ROUNDING = 64
 """Differences up to this multiple of the machine precision count as rounding."""
@@ -76,7 +77,7 @@ def plan_module(module: nn.Module, args: Any, kwargs: Any, parameters: Mapping[s
         if isinstance(submodule, torch.jit.ScriptModule):
             return ModulePlan(None, reason=SCRIPTED)
         if type(submodule).__name__ == "OptimizedModule":
-            return ModulePlan(None, reason="the calls inside a compiled module are hidden")
+            return ModulePlan(None, reason=COMPILED)
     before = attribute_key(module)
     with preserved(module), gradients_enabled():
         for parameter in module.parameters():

@@ -15,7 +15,14 @@ from torch.autograd import forward_ad
 from lightning_gradmetrics.classifier.notices import warn_once
 from lightning_gradmetrics.compat.gradient_metrics.listener import HEARD, Listener
 from lightning_gradmetrics.compat.gradient_metrics.ownership import mark_outputs
-from lightning_gradmetrics.compat.gradient_metrics.planning import SCRIPTED, ModulePlan, plan_module, samples_in
+from lightning_gradmetrics.compat.gradient_metrics.planning import (
+    COMPILED,
+    SCRIPTED,
+    ModulePlan,
+    plan_module,
+    samples_in,
+)
+from lightning_gradmetrics.engine.compilation.stance import eager
 from lightning_gradmetrics.engine.tracing.calls import OpeningMode, tensors_in
 from lightning_gradmetrics.engine.tracing.graph import without_storing_hooks
 from lightning_gradmetrics.engine.tracing.model_state import attribute_key
@@ -116,7 +123,10 @@ class Watch:
         listener.__exit__(None, None, None)
         if listener.broken:
             self.why_unseen = listener.broken
-            _forget(module, plan)
+            if listener.broken == COMPILED:
+                plan.plan, plan.reason = None, COMPILED
+            else:
+                _forget(module, plan)
             return
         outputs = list(tensors_in(output))
         if len(outputs) == len(plan.outputs):
@@ -161,7 +171,7 @@ def _plan(module: nn.Module, args: Any, kwargs: Any, parameters: Mapping[str, nn
         return known[key]
     _current.planning = True
     try:
-        with without_storing_hooks():
+        with without_storing_hooks(), eager():
             plan = plan_module(module, args, kwargs, parameters)
     except Exception as error:  # an error in a trial run must not disturb the user's forward pass
         return ModulePlan(None, reason=f"{type(error).__name__}: {error}")

@@ -28,6 +28,7 @@ from lightning_gradmetrics.gradients.precision import rounding
 from lightning_gradmetrics.gradients.scaling import rescaled_moments
 
 __all__ = [
+    "DISAGREES",
     "MOST_VERIFIED",
     "check_draw",
     "Compared",
@@ -37,6 +38,9 @@ __all__ = [
     "verify_by_samples",
 ]
 
+
+DISAGREES = "the gradients of a sample disagree with autograd"
+"""The reason if the moments of a sample in a batch are not those of its gradients alone."""
 
 MOST_COMPARED = 1024
 """Largest number of paths of which is stored what was compared."""
@@ -146,7 +150,7 @@ def check_draw(table: MomentTable, names: Collection[str], laid_out: Task, state
     logits = _logits(table, task, state)
     for number in {0, size - 1, *_some_numbers(size, DRAWN)}:
         if not _agree_on_sample(table, number, task, logits, number):
-            raise PlanError("the gradients of a sample disagree with autograd")
+            raise PlanError(DISAGREES)
 
 
 def _some_numbers(size: int, count: int) -> list[int]:
@@ -181,7 +185,7 @@ def check_sample(
     del logits
     if agrees or (is_close and _agrees_as_it_ran(table, number, laid_out.restricted(names), state, notes)):
         return outline
-    error = PlanError("the gradients of a sample disagree with autograd")
+    error = PlanError(DISAGREES)
     error.sample = number
     raise error
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from lightning_gradmetrics.engine.checks.other_generators import check_few_samples
 from lightning_gradmetrics.engine.functional import functional_moments
 from lightning_gradmetrics.engine.inputs.samples import close_rows, logits_without_graph
 from lightning_gradmetrics.engine.passes.agreement import VerificationNotes, agreeing, largest_norm
@@ -47,6 +48,9 @@ CANCELLING = ("native_group_norm",)
 
 The variance of a group norm is ``E[x^2] - E[x]^2`` there, which cancels if the mean is larger than the deviation.
 """
+
+DISAGREES = "its fast rule disagrees with autograd on a probe"
+"""Why the gradients of a parameter are computed in a slower way, if the moments of a plan are other ones."""
 
 
 def make_strategy(task: Task, on_batch: bool = False) -> Strategy:
@@ -152,6 +156,8 @@ def _planned(task: Task, on_batch: bool, is_laid_out: bool = False) -> Strategy:
             plan, slow, outline = None, others, outline_of_owners
     slow = {**slow, **hooked}
     state.restore()
+    if DISAGREES in slow.values():  # also those of a model that counts its passes in a place that is not restored
+        check_few_samples(probe.task, state)
     if slow:
         _check_backward(probe, slow, state)
     fast = tuple(name for name in task.parameters if name not in slow)
@@ -285,7 +291,7 @@ def _disagreements(
             agrees = agreeing(moments, map(gradients.pop, compared), [scales[name] for name in compared])
             for name, is_zero, is_right in zip(compared, are_zero, agrees.tolist(), strict=True):
                 if not is_right:
-                    wrong[name] = "its fast rule disagrees with autograd on a probe"
+                    wrong[name] = DISAGREES
                 if not is_zero:
                     unseen.discard(name)
     return wrong
