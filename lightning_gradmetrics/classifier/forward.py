@@ -43,6 +43,9 @@ LOGIT_KEYS = ("logits", "out")
 FABRIC_MODULES = ("lightning.fabric.wrappers", "lightning_fabric.wrappers")
 """The modules with the flag that Fabric sets during ``fabric.backward``."""
 
+NO_GRADIENT = "does not require grad"
+"""A part of torch's error if a forward pass computes gradients while they are disabled."""
+
 MASK_CLASSES = "class_queries_logits"
 """The entry of models that classify masks: MaskFormer, Mask2Former, OneFormer and EoMT in transformers."""
 
@@ -68,6 +71,12 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
             f"torch.stack(images) ({error})"
         ) from error
     except (IndexError, RuntimeError) as error:
+        if (
+            NO_GRADIENT in str(error) and not torch.is_grad_enabled()
+        ):  # the forward itself differentiates, as for forces
+            with gradients_enabled(model), first_pass_watched(model):
+                output = _called(model, inputs)
+            return output.detach() if isinstance(output, Tensor) else output
         is_about_values = isinstance(error, IndexError) or "type" in str(error)
         words = " ".join(str(error).split())
         problem = problem_of(model, list(tensors_in(inputs)), words) if is_about_values else ""

@@ -50,9 +50,25 @@ def differentiable_logits(model: nn.Module, inputs: Tensor, who: str) -> tuple[T
     leaf = (inputs.clone() if inputs.is_inference() else inputs).detach().requires_grad_()
     with frozen_batch_norms(model):
         logits = logits_of(call(model, leaf.clone()))
-    if not logits.requires_grad:
+    if not _depends_on(logits, leaf):
         raise ValueError(
             f"the logits of {type(model).__name__} do not depend on its inputs by autograd; {who} "
             "need their gradient. Remove detach(), no_grad() or inference_mode() from its forward"
         )
     return leaf, logits
+
+
+def _depends_on(result: Tensor, leaf: Tensor) -> bool:
+    """Return whether a tensor depends on a leaf by autograd; parameters may give it a graph all the same."""
+    waiting: list[Any] = [result.grad_fn]
+    seen: set[Any] = {None}
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        if getattr(node, "variable", None) is leaf:
+            return True
+        seen.add(node)
+        for before, _ in node.next_functions:
+            waiting.append(before)
+    return False

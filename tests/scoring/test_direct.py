@@ -50,6 +50,34 @@ class Detached(nn.Module):
         return self.head(self.body(x))
 
 
+class Forces(nn.Module):
+    """Returns the gradient of an energy with respect to its input, as force fields do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(5, 8), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        place = x.detach().requires_grad_()
+        energy = self.body(place).tanh().square().sum()
+        return self.head(torch.autograd.grad(energy, place, create_graph=True)[0])
+
+
+@pytest.mark.filterwarnings("ignore:no fast rule")
+def test_models_that_differentiate_in_their_forward_are_scored_where_gradients_are_disabled() -> None:
+    net, x = Forces().double().eval(), numbers(8, 5)
+    found = lgm.score(net, x, NAMES, Y)
+    expected = lgm.gradient_statistics(net, x, "uniform", engine="reference").norm(1)
+    torch.testing.assert_close(found["gradnorm(target=all)"], -expected)
+    torch.testing.assert_close(found["energy"], -net(x).detach().logsumexp(1))
+    with torch.inference_mode():
+        torch.testing.assert_close(lgm.score(net, x, NAMES, Y), found)
+    with pytest.raises(
+        ValueError, match=r"the logits of Forces do not depend on its inputs by autograd.*Remove detach\(\)"
+    ):
+        lgm.score(net, x, "odin")
+
+
 X = numbers(8, 5)
 PAIR = TensorDataset(X, Y)
 REFUSED: list[tuple[Any, Any, str, str]] = [
