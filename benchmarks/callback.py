@@ -66,7 +66,7 @@ def _tiny() -> nn.Module:
 
 
 CASES = {
-    "ResNet-20, 256 images of 32 px per batch": Case(resnet20, (3, 32, 32), 256, 4),
+    "ResNet-20, 256 images of 32 px per batch": Case(resnet20, (3, 32, 32), 256, 8),
     "MLP 16-32-10, 64 samples per batch": Case(_tiny, (16,), 64, 500),
 }
 
