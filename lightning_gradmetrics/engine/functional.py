@@ -35,11 +35,12 @@ def functional_moments(task: Task) -> list[Moments]:
     step = max(1, limit // max(entries_of_sample, 1))
     parts = [empty_moments(task)]
     for start in range(0, task.size, step):
+        chunk = task.rows(start, start + step)
         try:
-            parts.append(_chunk_moments(task.rows(start, start + step)))
+            parts.append(_chunk_moments(chunk))
         except Exception as error:  # torch.func, and operations that it does not cover, raise many kinds of errors
             raise_if_out_of_memory(error)
-            if not _runs_without(task.rows(start, start + 1)):
+            if not _runs_without(chunk):
                 raise
             raise NotImplementedError(
                 f"torch.func cannot run {type(task.model).__name__}, which engine='vmap' needs: use engine='auto' or 'reference' ({error})"
