@@ -24,7 +24,7 @@ from lightning_gradmetrics.engine.kernels import (
 from lightning_gradmetrics.engine.kernels.reduction import CHUNK_ENTRIES
 from lightning_gradmetrics.engine.kernels.segments import LARGEST, Factors
 from lightning_gradmetrics.gradients.precision import at_least_float32
-from lightning_gradmetrics.gradients.statistics import Moment, Moments, factor_moments
+from lightning_gradmetrics.gradients.statistics import Moment, Moments, factor_moments, merged_moments
 
 __all__ = [
     "ConvUse",
@@ -32,6 +32,7 @@ __all__ = [
     "LinearUse",
     "OuterUse",
     "RowsUse",
+    "StackedUse",
     "SumUse",
     "Use",
     "combined",
@@ -262,6 +263,34 @@ class EmbeddingUse:
         if not self.g.is_cpu or not 0 < positions < self.shape[0] or samples * (positions + 1) * width > LARGEST:
             return None
         return touched_rows(self.indices, self.g, self.padding).flatten(1), None
+
+
+@dataclass(frozen=True)
+class StackedUse:
+    """Gradients of the entries along the first axis of a parameter, such as one matrix for each expert."""
+
+    parts: tuple[Use, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # noqa: D102
+        return (len(self.parts), *self.parts[0].shape)
+
+    def __len__(self) -> int:
+        return len(self.parts[0])
+
+    def rows(self, start: int, stop: int) -> StackedUse:  # noqa: D102
+        return StackedUse(tuple(part.rows(start, stop) for part in self.parts))
+
+    def gradient(self) -> Tensor:  # noqa: D102
+        return torch.stack([part.gradient() for part in self.parts], 1)
+
+    def moments(self, wanted: Iterable[Moment]) -> Moments:  # noqa: D102
+        keys = frozenset(wanted)
+        parts = [part.moments(keys) for part in self.parts]
+        stacked: Moments = {}
+        for key in keys:
+            stacked[key] = torch.stack([moments[key] for moments in parts], 1)
+        return merged_moments(stacked)
 
 
 @dataclass(frozen=True)

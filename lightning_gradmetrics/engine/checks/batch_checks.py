@@ -82,6 +82,8 @@ class BatchChecks:
             self.is_covered = self._covers(logits, tracer, readers)
         if not self.is_covered:
             self._require_verified()
+            if strategy.plan is not None and strategy.plan.sorts:
+                raise PlanError("only a proof shows the order of sorted rows")
             self.hides_gradients = tracer is not None and runs_users_code(logits)
             self._check_unproven(logits, None if tracer is None else tracer.outline)
         if strategy.random:
@@ -136,6 +138,8 @@ class BatchChecks:
             return
         self._require_verified()
         self.is_covered, strategy.sizes = False, None
+        if strategy.plan is not None and strategy.plan.sorts:
+            raise PlanError("only a proof shows the order of sorted rows")
         strategy.alone = ALONE_IF_NEW if alone.reads == outline.reads and has_unit_sizes else EVERY_SAMPLE
         check_precisions(self.task, outline, alone)
         self._check_unproven(self.logits[-1], outline)

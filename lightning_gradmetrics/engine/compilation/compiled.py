@@ -155,6 +155,8 @@ def _obstacle(task: Task, strategy: Strategy | None) -> str:
     """Return why a batch cannot be compiled, or an empty string."""
     if strategy is None or strategy.plan is None or strategy.slow:
         return "some of its parameters have no fast rule"
+    if strategy.plan.sorts:
+        return "its rows are sorted by the data"
     if strategy.random or strategy.alone or strategy.reads_samples:
         return "it draws random numbers, or its samples are compared with samples alone in every batch"
     if any(map(has_hooks, task.model.modules())):

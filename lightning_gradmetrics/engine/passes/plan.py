@@ -46,8 +46,9 @@ class Step:
         sources: The parameters and derived tensors among its arguments, in order.
         kind: ``"derive"``: no argument depends on the samples, run it with a graph; ``"rule"``: a rule covers it;
             ``"broadcast"``: give each sample a copy, aligned to the output; ``"vmap"``: give each sample its own
-            copy and map over the samples; ``"plain"``: run it, nothing differentiable is returned; ``"uncovered"``: run
-            it, these parameters need another engine.
+            copy and map over the samples; ``"grouped"``: multiply each group of sorted rows by its own matrix;
+            ``"plain"``: run it, nothing differentiable is returned; ``"uncovered"``: run it, these parameters need
+            another engine.
         inputs: The sample axis of each tensor argument.
         output: The sample axis of the output.
         derived: Which outputs are derived tensors.
@@ -100,6 +101,7 @@ class Plan:
         lays_out: Whether images can be laid out channels last from the first convolution on, although there are group norms.
         masks: For each mask that selects rows, in order, how many entries of each sample it marks; ``None`` if it is the same for
             all batches.
+        sorts: For each product of groups of sorted rows, in order, the number of the sort; only a proof shows this order.
     """
 
     steps: tuple[Step, ...]
@@ -112,6 +114,7 @@ class Plan:
     selects: bool = False
     lays_out: bool = False
     masks: tuple[int | None, ...] = ()
+    sorts: tuple[int, ...] = ()
 
     @property
     def changes_layers(self) -> bool:

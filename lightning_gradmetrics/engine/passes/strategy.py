@@ -128,7 +128,7 @@ class Strategy:
         verified = self.times.get(here, {})
         if here in self.paths or not verified or self.plan is None or self.plan.reads is None:
             return None
-        if any(read.by_samples for read in self.plan.reads):
+        if any(read.by_samples for read in self.plan.reads) or self.plan.sorts:
             return None
         if self.random or self.quiet or bool(self.slow) or task.memory is not None:
             return None

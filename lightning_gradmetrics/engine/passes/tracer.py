@@ -29,8 +29,7 @@ from lightning_gradmetrics.engine.tracing.calls import (
     sources_in,
     tensors_in,
 )
-from lightning_gradmetrics.engine.tracing.graph import Copies, gradients_at, saves_through_hooks, with_graph
-from lightning_gradmetrics.engine.tracing.host_reads import READING, tensors_read
+from lightning_gradmetrics.engine.tracing.graph import Copies, gradients_at, saves_through_hooks
 from lightning_gradmetrics.engine.uses import RowsUse, Use, combined
 
 __all__ = ["Tracer"]
@@ -118,17 +117,6 @@ class Tracer(TracerState):
                 raise PlanError(f"{getattr(func, '__name__', func)}: {error}", number) from error
             raise
 
-    def _watch_reads(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """Compare a value that Python reads with the planned one: the model may branch on it."""
-        if type(result) is Tensor and result.ndim and getattr(func, "__name__", "") not in READING:
-            return
-        read, value = tensors_read(func, args, kwargs, result)
-        if not read:
-            self.reads.reductions.add(func, args, result)
-        for tensor in read:
-            if not self.reads.matches(value, self.reads.reductions.of_read(func, args, tensor, result)):
-                raise PlanError("Python reads a different value from a tensor than planned")
-
     def _next_step(self, function: Any, sources: tuple[Source, ...]) -> Step | None:
         """Return the step for a call: the next one or, in the backward pass, the one that a checkpoint repeats."""
         if self._backward:
@@ -137,7 +125,7 @@ class Tracer(TracerState):
         if step is None or step.function != function or step.sources != sources:
             return None
         self.position += 1
-        if not torch.is_grad_enabled() and step.kind in ("rule", "broadcast", "vmap"):
+        if not torch.is_grad_enabled() and step.kind in ("rule", "broadcast", "vmap", "grouped"):
             self._delayed.append(step)
             self._checkpoints = True
             return replace(step, kind="plain")
@@ -161,13 +149,6 @@ class Tracer(TracerState):
 
     def _uncovered(self, step: Step, args: Any, kwargs: Any) -> Any:
         return step.function(*self._cut(args), **self._cut(kwargs))
-
-    def _cut(self, arguments: Any) -> Any:
-        """Return the arguments without the graphs of derived tensors."""
-        return map_arguments(self._detached, arguments)
-
-    def _detached(self, tensor: Tensor) -> Tensor:
-        return tensor.detach() if id(tensor) in self._tracked and tensor.requires_grad else tensor
 
     def _derive(self, step: Step, args: Any, kwargs: Any) -> Any:
         """Run on leaves, and record which parameters the outputs depend on."""
@@ -221,27 +202,27 @@ class Tracer(TracerState):
         result.register_hook(hook)  # type: ignore[no-untyped-call]
         return result
 
+    def _grouped(self, step: Step, args: Any, kwargs: Any) -> Any:
+        """Run a product of sorted rows; the indices of the sort show the sample of each row."""
+        if not self._collecting or self._recomputes or self.recorder is not None:
+            raise PlanError("a product of groups is no part of a checkpoint or a known path")
+        rule = RULES[step.function]
+        slots = self._slots(bind(rule, args, kwargs) or {})
+        values = bind(rule, self._cut(args), self._cut(kwargs)) or {}
+        values["owners"] = self._owners_in_groups(values)
+        result = self._rooted(step, step.function(*self._cut(args), **self._cut(kwargs)))
+        for source in slots.values():
+            self._expect(source)
+        axis = Axis(0, len(values["owners"]) // self.size)
+        call = Call(values, axis, axis, frozenset(slots))
+        result.register_hook(partial(self._grouped_gradient, rule, call, slots, values["input"]._version))  # type: ignore
+        return result
+
     def _run_rule(self, step: Step, rule: Rule, values: dict[str, Any], args: Any, kwargs: Any) -> Tensor:
         """Return the result of a call, which always has a graph."""
         args, kwargs = rule.made_dense(values, args, kwargs)
         run = None if rule.run is None or not self._constant(values) else rule.run
         return self._rooted(step, run(values) if run else step.function(*args, **kwargs))
-
-    def _slots(self, values: Mapping[str, Any]) -> dict[str, Source]:
-        """Return the chosen parameters and derived tensors among a rule's arguments by their names."""
-        slots = {}
-        for name, value in values.items():
-            source = self._tracked.get(id(value))
-            if source is not None:
-                slots[name] = source
-        return slots
-
-    def _constant(self, values: Mapping[str, Any]) -> bool:
-        """Return whether the input is the call's only tensor with a graph."""
-        return not any(name != "input" and isinstance(t, Tensor) and t.requires_grad for name, t in values.items())
-
-    def _rooted(self, step: Step, result: Tensor) -> Tensor:
-        return with_graph(result, self.anchor)
 
     def _fitted(self, axis: Axis, shape: Sequence[int]) -> Axis:
         """Return the axis with the number of positions per sample that a tensor has on it.
@@ -357,6 +338,20 @@ class Tracer(TracerState):
             for slot, use in found.uses(call, rows):
                 self._arrive(slots[slot], use)
         if self._last:  # the graph keeps this hook, and so the layer's input, until the whole pass ends
+            call.values.clear()
+
+    def _grouped_gradient(self, found: Rule, call: Call, slots: Mapping[str, Source], version: int, g: Tensor) -> None:
+        if call.values["input"]._version != version:
+            raise PlanError("a layer's input was changed in place after its use")
+        with self._silence, self._guarded(slots.values()):
+            if self.notes is not None:
+                by_sample = call.values["owners"].argsort(stable=True)
+                self._scale(slots.values(), call.values["input"], g[by_sample], call.out)
+            if self.rows is not None:
+                self.rows.leave_out(self._names(slots.values()))
+            for slot, use in found.uses(call, g):
+                self._arrive(slots[slot], use)
+        if self._last:
             call.values.clear()
 
     def _guarded(self, sources: Iterable[Source]) -> AbstractContextManager[None]:

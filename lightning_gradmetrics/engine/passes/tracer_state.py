@@ -12,11 +12,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_gradmetrics.engine.passes.path_record import PathRecorder
-from lightning_gradmetrics.engine.passes.plan import Plan, PlanError, Source
-from lightning_gradmetrics.engine.tracing.calls import OpeningMode
-from lightning_gradmetrics.engine.tracing.host_reads import ReadWatch
+from lightning_gradmetrics.engine.passes.plan import Plan, PlanError, Source, Step
+from lightning_gradmetrics.engine.rules import RULES, bind
+from lightning_gradmetrics.engine.tracing.calls import OpeningMode, map_arguments
+from lightning_gradmetrics.engine.tracing.graph import with_graph
+from lightning_gradmetrics.engine.tracing.host_reads import READING, ReadWatch, tensors_read
 from lightning_gradmetrics.engine.tracing.masks import MaskWatch, selecting_mask
 from lightning_gradmetrics.engine.tracing.outline import Outline
+from lightning_gradmetrics.engine.tracing.sorts import GROUPED_PRODUCTS, SortedKeys, keys_of_sort
 
 __all__ = ["TracerState"]
 
@@ -40,6 +43,9 @@ class TracerState(OpeningMode):
         super().__init__()
         self.plan, self.parameters, self.size = plan, parameters, size
         self.recorder: PathRecorder | None = None
+        self.sorts: list[SortedKeys] = []
+        self._groups = 0
+        self.whole = GROUPED_PRODUCTS if plan.sorts else frozenset()
         self.device = next(iter(parameters.values())).device
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -59,6 +65,29 @@ class TracerState(OpeningMode):
         finally:
             self._open.pop()
 
+    def _cut(self, arguments: Any) -> Any:
+        """Return the arguments without the graphs of derived tensors."""
+        return map_arguments(self._detached, arguments)
+
+    def _detached(self, tensor: Tensor) -> Tensor:
+        return tensor.detach() if id(tensor) in self._tracked and tensor.requires_grad else tensor
+
+    def _slots(self, values: Mapping[str, Any]) -> dict[str, Source]:
+        """Return the chosen parameters and derived tensors among a rule's arguments by their names."""
+        slots = {}
+        for name, value in values.items():
+            source = self._tracked.get(id(value))
+            if source is not None:
+                slots[name] = source
+        return slots
+
+    def _constant(self, values: Mapping[str, Any]) -> bool:
+        """Return whether the input is the call's only tensor with a graph."""
+        return not any(name != "input" and isinstance(t, Tensor) and t.requires_grad for name, t in values.items())
+
+    def _rooted(self, step: Step, result: Tensor) -> Tensor:
+        return with_graph(result, self.anchor)
+
     def _compare_mask(self, func: Any, args: Any) -> None:
         """Compare a mask that selects rows with the plan: it must select the same number of rows of each sample."""
         mask = selecting_mask(func, args)
@@ -69,14 +98,50 @@ class TracerState(OpeningMode):
         if self.recorder is not None:
             self.recorder.note_mask(self.masks.last)
 
+    def _watch_reads(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Compare a value that Python reads with the planned one: the model may branch on it."""
+        if self.plan.sorts and not self._open:
+            keys = keys_of_sort(func, args, result)
+            self.sorts += [] if keys is None else [keys]
+            if func in GROUPED_PRODUCTS:
+                self._owners_in_groups(bind(RULES[func], args, kwargs) or {})
+        if type(result) is Tensor and result.ndim and getattr(func, "__name__", "") not in READING:
+            return
+        read, value = tensors_read(func, args, kwargs, result)
+        if not read:
+            self.reads.reductions.add(func, args, result)
+        for tensor in read:
+            if not self.reads.matches(value, self.reads.reductions.of_read(func, args, tensor, result)):
+                raise PlanError("Python reads a different value from a tensor than planned")
+
+    def _owners_in_groups(self, values: Mapping[str, Any]) -> Tensor:
+        """Return the sample of each row of a product of groups, ``(R,)``.
+
+        Args:
+            values: The arguments of the product by name.
+
+        Raises:
+            PlanError: If the groups are not those of the planned sort.
+        """
+        number, self._groups = self._groups, self._groups + 1
+        if number >= len(self.plan.sorts) or self.plan.sorts[number] >= len(self.sorts):
+            raise PlanError("the model multiplies or sorts other groups of rows than planned")
+        known, count = self.sorts[self.plan.sorts[number]], len(values["input"])
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            if len(known.indices) != count or count % self.size or not known.ends_at(values["offs"]):
+                raise PlanError("the groups of rows are not those of the planned sort")
+            return known.owners(self.size)
+
     def require_masks(self) -> None:
-        """Require that all planned masks were compared.
+        """Require that all planned masks and groups of rows were compared.
 
         Raises:
             PlanError: If they were not.
         """
         if self.plan.masks and self.masks.seen != len(self.plan.masks):
             raise PlanError("the model selects rows by other masks than planned")
+        if self._groups != len(self.plan.sorts):
+            raise PlanError("the model multiplies fewer groups of rows than planned")
 
     @cached_property
     def outline(self) -> Outline:

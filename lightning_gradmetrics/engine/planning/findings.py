@@ -26,7 +26,7 @@ from lightning_gradmetrics.engine.tracing.model_state import ForwardState
 from lightning_gradmetrics.engine.tracing.outline import Outline
 from lightning_gradmetrics.engine.tracing.trace import CallTrace
 
-__all__ = ["Findings", "Traced", "findings_of"]
+__all__ = ["Findings", "Traced", "findings_of", "without_proof"]
 
 
 class Traced(NamedTuple):
@@ -56,6 +56,7 @@ class Findings(NamedTuple):
         masks: What a plan expects of masks that select rows.
         reason: Why the layout of rows may depend on the data; ``""`` if it cannot.
         mixes: Whether an operation may combine samples.
+        sorted: The tensors with rows in the order of a sort: the number of its indices, by serial number.
         unused: The numbers of the calls whose results do not reach the logits.
     """
 
@@ -66,6 +67,7 @@ class Findings(NamedTuple):
     masks: tuple[int | None, ...]
     reason: str
     mixes: bool
+    sorted: dict[int, int]
     unused: frozenset[int] = frozenset()
 
 
@@ -91,6 +93,12 @@ def findings_of(task: Task, two: Traced, three: Traced, state: ForwardState, ran
     return _findings(two, three, unused)._replace(unused=calls)
 
 
+def without_proof(findings: Findings) -> Findings:
+    """Return the findings as if the order of the rows were unknown."""
+    reason = choice_by_data(*findings.operations) or "rows are sorted by the data"
+    return findings._replace(layouts=None, reason=reason, sorted={})
+
+
 def _findings(two: Traced, three: Traced, unused: Collection[int]) -> Findings:
     """Return what the operations show without the unused ones."""
     many, end = three.operations, three.operations.serial(three.logits)
@@ -100,11 +108,11 @@ def _findings(two: Traced, three: Traced, unused: Collection[int]) -> Findings:
     )
     reads_inside, selection = hides_reads(many.operations), selection_of_samples(*operations)
     reason = choice_by_data(*operations, strict=False)
-    proof = Proof(None, False) if reason else proof_of(*operations, many.samples, end)
+    proof = Proof(None, False, {}) if reason else proof_of(*operations, many.samples, end)
     masks = planned_masks(three.calls, many, operations[1])
     layouts = None if reads_inside or masks is None else proof.layouts
     mixes = False
     if layouts is None:
         reason = choice_by_data(*operations)
         mixes = not reason and (proof.regroups or mixes_samples(*operations, end))
-    return Findings(operations, selection, reads_inside, layouts, masks or (), reason, mixes)
+    return Findings(operations, selection, reads_inside, layouts, masks or (), reason, mixes, proof.sorted)

@@ -16,7 +16,8 @@ from lightning_gradmetrics.engine.kernels.operators import traced_operators
 from lightning_gradmetrics.engine.passes.folding import can_lay_out, find_folds
 from lightning_gradmetrics.engine.passes.plan import Plan, PlanError
 from lightning_gradmetrics.engine.passes.selects import has_repeated_selects
-from lightning_gradmetrics.engine.planning.findings import Traced, findings_of
+from lightning_gradmetrics.engine.planning.findings import Traced, findings_of, without_proof
+from lightning_gradmetrics.engine.planning.planned_sorts import has_groups, planned_sorts
 from lightning_gradmetrics.engine.planning.planned_values import planned_reads
 from lightning_gradmetrics.engine.planning.probe_samples import parts_of_batch, three_samples, with_row
 from lightning_gradmetrics.engine.planning.step_layouts import Changes
@@ -34,6 +35,7 @@ from lightning_gradmetrics.engine.tracing.layouts import Layout
 from lightning_gradmetrics.engine.tracing.model_state import ForwardState, attribute_key, note_volatile, quiet_no_grad
 from lightning_gradmetrics.engine.tracing.outline import HOOKS, Outline, Recording
 from lightning_gradmetrics.engine.tracing.size_record import SizeRecord, size_record
+from lightning_gradmetrics.engine.tracing.sorts import GROUPED_PRODUCTS
 from lightning_gradmetrics.engine.tracing.trace import CallTrace, TracedCall
 
 __all__ = ["Probe", "changed_positions", "outline", "probe_model"]
@@ -98,12 +100,19 @@ def probe_model(task: Task) -> Probe:
     """
     state, before = ForwardState(task.model, task.record), attribute_key(task.model, task.record)
     three = three_samples(task)
-    two, traced = _traced(three.picked([0, 1]), state), _traced(three, state)
+    for whole in (GROUPED_PRODUCTS, frozenset()):
+        two, traced = _traced(three.picked([0, 1]), state, whole), _traced(three, state, whole)
+        random, after = state.random_numbers_drawn(), ForwardState(task.model)
+        note_volatile(task.model, before, attribute_key(task.model))
+        state.restore()
+        found = findings_of(three, two, traced, state, random)
+        meeting = _meeting_parameters(two.calls, traced.calls) - found.unused
+        sorts = planned_sorts(found, traced, meeting)
+        if sorts is None:
+            found = without_proof(found)
+        if sorts is not None or not has_groups(traced):
+            break
     (small, _, _, outline_of_two), (large, logits, many, outline_of_three) = two, traced
-    random, after = state.random_numbers_drawn(), ForwardState(task.model)
-    note_volatile(task.model, before, attribute_key(task.model))
-    state.restore()
-    found = findings_of(three, two, traced, state, random)
     if found.selection:
         raise coupled_model(f"{found.selection!r} of the samples in {type(task.model).__name__}")
     reason, layouts, masks = found.reason, found.layouts, found.masks
@@ -113,7 +122,7 @@ def probe_model(task: Task) -> Probe:
     reads = planned_reads(small, large, many, layouts or {})
     plan: Plan | None = None
     changes: Changes = ()
-    meeting = _meeting_parameters(small, large) - found.unused
+    meeting -= (sorts or {}).keys()
     if layouts is None or not _one_position_each(small, large, meeting):
         known = None if layouts is None else _changes_by_layout(small, large, many, layouts, meeting)
         if known is None:
@@ -122,9 +131,10 @@ def probe_model(task: Task) -> Probe:
         changes = known
     if not reason:
         try:
-            plan = make_plan(small, large, lambda: three.unit_losses(0, logits)[0][0], changes, found.unused)
+            plan = make_plan(small, large, lambda: three.unit_losses(0, logits)[0][0], changes, found.unused, sorts)
         except (PlanError, ValueError) as error:
             reason = str(error)
+            layouts = None if sorts else layouts  # each batch of the plan would compare groups with the sort
     if plan is not None and plan.undecided:
         plan, reason = None, "no probe shows the order of rows on an axis with several positions per sample"
     if plan is not None:
@@ -173,14 +183,15 @@ def _meeting_parameters(small: CallTrace, large: CallTrace) -> set[int]:
     return numbers
 
 
-def _traced(task: Task, state: ForwardState) -> Traced:
-    """Return a traced forward pass with its graph, its logits, the operations in it, and its outline."""
+def _traced(task: Task, state: ForwardState, whole: frozenset[Any]) -> Traced:
+    """Return a traced forward pass with its graph; some functions are not decomposed."""
     _require_gradients(task)
     state.restore()
     samples = [t for t, flag in zip(tensors_in(task.inputs), task.per_sample, strict=True) if flag]
     recording = Recording(Outline(task.leaves()))
     dependence = DependenceTrace(samples, task.all_parameters, recording)
     trace = CallTrace(task.parameters, on_read=dependence.note_read)
+    trace.whole = whole
     with traced_operators(), dependence, trace, recording:
         logits = task.forward()
     return Traced(trace, logits, dependence, recording.outline.end(logits))

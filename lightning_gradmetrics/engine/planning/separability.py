@@ -11,6 +11,7 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from lightning_gradmetrics.engine.planning.row_orders import RowOrders
 from lightning_gradmetrics.engine.tracing.dependence import SAMPLES, Operation, finds_one_value
 from lightning_gradmetrics.engine.tracing.layout_rules import LAYOUT_RULES, aligned
 from lightning_gradmetrics.engine.tracing.layouts import Layout, RegroupedError, Shape, Step, UnprovenError
@@ -26,10 +27,12 @@ class Proof(NamedTuple):
             ``(N, C)``; ``None`` if that is not proven.
         regroups: Whether the first operation that is not proven takes entries of several samples for those of one, as
             ``x.view(T, N, D)`` of a tensor ``(N, T, D)`` does. Behind a gate, its values may not show it.
+        sorted: The tensors with rows in the order of a sort: the number of its indices, by serial number.
     """
 
     layouts: dict[int, Layout] | None
     regroups: bool
+    sorted: dict[int, int]
 
 
 def proof_of(two: Sequence[Operation], three: Sequence[Operation], inputs: Sequence[int], logits: int) -> Proof:
@@ -49,11 +52,19 @@ def proof_of(two: Sequence[Operation], three: Sequence[Operation], inputs: Seque
         for small, large in zip(two, three, strict=True):
             samples.add(small, large)
     except RegroupedError:
-        return Proof(None, regroups=True)
+        return Proof(None, True, {})
     except (UnprovenError, IndexError, TypeError):
-        return Proof(None, regroups=False)
-    is_proven = samples.layouts.get(logits) == Layout(0)
-    return Proof(samples.layouts if is_proven else None, regroups=False)
+        return Proof(None, False, {})
+    if samples.layouts.get(logits) != Layout(0):
+        return Proof(None, False, {})
+    in_place: dict[int, Layout] = {}
+    in_order: dict[int, int] = {}
+    for serial, layout in samples.layouts.items():
+        if layout.order:
+            in_order[serial] = layout.order
+        else:
+            in_place[serial] = layout
+    return Proof(in_place, False, in_order)
 
 
 _REDUCING = frozenset(["all", "any", "max", "min", "amax", "amin", "sum", "count_nonzero"])
@@ -109,6 +120,7 @@ class _Samples:
         shared: Memory of constants that all samples share, as after ``expand``.
         spread: Memory of constants whose shape grows with the number of samples.
         uneven: Memory of such constants that was changed in place, in the same way for each sample.
+        orders: Sorts, and what follows from them.
     """
 
     layouts: dict[int, Layout]
@@ -123,6 +135,7 @@ class _Samples:
     shared: set[int] = field(default_factory=set)
     spread: set[int] = field(default_factory=set)
     uneven: set[int] = field(default_factory=set)
+    orders: RowOrders = field(default_factory=RowOrders)
 
     def add(self, small: Operation, large: Operation) -> None:
         """Follow the samples through one operation.
@@ -137,7 +150,9 @@ class _Samples:
             return
         if len(small.outputs) != len(large.outputs):  # the number of pieces depends on that of the samples
             raise UnprovenError
-        if self.numbers.intersection(serials) or _is_number_of_all(large):
+        if self.orders.follow(small, large, self.layouts):
+            self._require_constants(large)
+        elif self.numbers.intersection(serials) or _is_number_of_all(large):
             replaces_samples = bool(large.written) and not self.numbers.issuperset(large.output_serials)
             if large.hidden or replaces_samples or not _stays_a_number(large, self.numbers | self.layouts.keys()):
                 raise UnprovenError
@@ -152,6 +167,15 @@ class _Samples:
             self._note_sized(large)
         else:
             self._keep_constant(small, large)
+
+    def _require_constants(self, operation: Operation) -> None:
+        """Require that all but the rows and integers of an order are the same for any number of samples."""
+        for serial, memory in zip(operation.input_serials, operation.memory, strict=True):
+            if serial in self.orders.integers or serial in self.orders.ranges or serial in self.layouts:
+                continue
+            if serial in self.sized or serial in self.numbers or memory in self.written:
+                raise UnprovenError
+        self.written.update(operation.written)
 
     def _are_constants(self, serials: Sequence[int]) -> bool:
         return all(serial in self.uniform or serial in self.repeated for serial in serials)

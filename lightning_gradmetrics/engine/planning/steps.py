@@ -26,6 +26,7 @@ def make_plan(
     loss: Callable[[], Tensor | None],
     changes: Changes = (),
     unused: Collection[int] = frozenset(),
+    sorts: Mapping[int, int] | None = None,
 ) -> Plan:
     """Return the plan for a model, from its calls with two and with three samples.
 
@@ -36,6 +37,7 @@ def make_plan(
         changes: For each call with three samples, and each of its tensor arguments and results: which positions on the
             sample axis change with each sample, ``(3, L)``; ``None`` where it is not known.
         unused: The numbers of calls whose results do not reach the loss.
+        sorts: For each product of sorted rows, the number of the sort whose order they have.
 
     Raises:
         PlanError: If the two runs made different calls.
@@ -46,12 +48,15 @@ def make_plan(
     for number, (small, large) in enumerate(zip(two.calls, three.calls, strict=True)):
         if number in unused:
             builder.add_unused(number, large)
+        elif sorts and number in sorts:
+            builder.add_grouped(number, large)
         else:
             builder.add(number, small, large, changes[number] if changes else None)
     builder.give_up_assigned(three.assigned)
     builder.give_up_hidden(two, three)
     steps, undecided = with_layouts(builder.steps, builder.changes, builder.results, loss)
-    return Plan(tuple(steps), builder.uncovered, builder.roots, undecided, calls=tuple(builder.numbers))
+    order = tuple(sorts.values()) if sorts else ()
+    return Plan(tuple(steps), builder.uncovered, builder.roots, undecided, calls=tuple(builder.numbers), sorts=order)
 
 
 def _functions(trace: CallTrace) -> list[Any]:
@@ -87,6 +92,18 @@ class _Builder:
         sources = _sources_of(large.inputs, self.sources)
         if sources:
             self._note(number, Step(large.function, sources, "plain"), large, None)
+
+    def add_grouped(self, number: int, large: TracedCall) -> None:
+        """Add the step for a product of sorted rows with one matrix for each group.
+
+        Raises:
+            PlanError: If other arguments than the matrices are parameters.
+        """
+        sources = _sources_of(large.inputs, self.sources)
+        if _sources_of(large.inputs[1:2], self.sources) != sources:
+            raise PlanError("no step covers a product of groups with these parameters")
+        if sources:
+            self._note(number, Step(large.function, sources, "grouped"), large, None)
 
     def _note(self, number: int, step: Step, large: TracedCall, changes: Sequence[Tensor | None] | None) -> None:
         self.steps.append(step)

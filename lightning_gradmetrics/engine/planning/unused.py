@@ -125,6 +125,7 @@ def do_not_matter(
         state.restore()
         replaced = _Replaced(operations.operations, unused, value)
         calls = CallTrace(task.parameters, keep=False)
+        calls.whole = trace.whole
         try:
             with replaced, calls:
                 found = task.forward()

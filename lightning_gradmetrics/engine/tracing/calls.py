@@ -168,7 +168,11 @@ def opened(function: Any) -> Callable[..., Any]:
 
 
 class OpeningMode(TorchFunctionMode):
-    """A torch function mode that also intercepts the calls inside Python functions and decomposed functions."""
+    """A torch function mode that also intercepts the calls inside Python functions and decomposed functions.
+
+    Attributes:
+        whole: Functions that are not decomposed.
+    """
 
     active: ClassVar[int] = 0
     """The number of active modes of this kind."""
@@ -176,6 +180,7 @@ class OpeningMode(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._open: list[Any] = []
+        self.whole: frozenset[Any] = frozenset()
 
     def __enter__(self) -> OpeningMode:
         OpeningMode.active += 1
@@ -187,7 +192,8 @@ class OpeningMode(TorchFunctionMode):
 
     def _opens(self, function: Any) -> bool:
         """Return whether to intercept the calls inside a function; not inside the second call of one that calls itself."""
-        return (isinstance(function, FunctionType) or function in DECOMPOSED) and function not in self._open
+        opens = isinstance(function, FunctionType) or function in DECOMPOSED
+        return opens and function not in self._open and function not in self.whole
 
     def _inside(self, function: Any, args: Any, kwargs: Any) -> Any:
         """Return the function's result, with the calls inside it intercepted."""

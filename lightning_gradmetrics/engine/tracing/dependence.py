@@ -310,6 +310,11 @@ def _marks(name: str, arguments: Mapping[str, Any]) -> tuple[int, ...]:
     return marks_of(indices[0]) if indices[0].dtype is torch.bool and indices[0].ndim else ()
 
 
+_SORTING = frozenset(["sort", "index", "index_put_", "index_copy"])
+_GROUPING = frozenset(["bincount", "_grouped_mm"])
+"""Operations of mixtures of experts, which a proof may follow."""
+
+
 def _names(operations: Sequence[Operation]) -> list[str]:
     return [operation.name for operation in operations]
 
@@ -325,17 +330,18 @@ def choice_by_data(two: Sequence[Operation], three: Sequence[Operation], strict:
     Args:
         two: The operations with two samples.
         three: The operations with three samples.
-        strict: Whether masks that select rows, and values that are found to be equal, are reasons. A proof may show that the rows
-            are those of all samples in order.
+        strict: Whether masks that select rows, values that are found to be equal, and sorts are reasons. A proof may show that the
+            rows are those of all samples in order.
     """
     if _names(two) != _names(three):
         return "it runs different operations for three samples than for two"
     for small, large in zip(two, three, strict=True):
         is_provable = bool(small.marks and large.marks) or (finds_one_value(small) and finds_one_value(large))
+        is_provable = is_provable or large.name in _GROUPING
         if (small.by_data or large.by_data) and (strict or not is_provable):
             return f"{small.by_data or large.by_data} chooses by data"
         for (before, dim), (after, _) in zip(small.chosen, large.chosen, strict=False):
-            if before != after and before[dim] != after[dim]:
+            if before != after and before[dim] != after[dim] and (strict or large.name not in _SORTING):
                 return f"{small.name} chooses along the sample axis"
         if len(small.chosen) != len(large.chosen):
             return f"{small.name} chooses by data"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,15 +23,17 @@ class Layout:
         dim: The axis.
         outer: Positions before the sample's index.
         inner: Positions after it.
+        order: The number of the indices by which a sort has reordered these positions; zero if they are in place.
     """
 
     dim: int
     outer: int = 1
     inner: int = 1
+    order: int = 0
 
     def moved(self, dim: int) -> Layout:
         """Return the layout on another axis."""
-        return Layout(dim, self.outer, self.inner)
+        return replace(self, dim=dim)
 
     def positions(self, tensor: Tensor) -> Tensor:
         """Return for each of three samples which positions on the axis of a tensor belong to it, ``(3, L)``."""

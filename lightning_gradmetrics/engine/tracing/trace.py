@@ -15,6 +15,7 @@ from lightning_gradmetrics.engine.tracing.axes import axis_between
 from lightning_gradmetrics.engine.tracing.calls import OpeningMode, tensors_in
 from lightning_gradmetrics.engine.tracing.host_reads import HostRead, Reductions, host_value, tensors_read
 from lightning_gradmetrics.engine.tracing.masks import selecting_mask
+from lightning_gradmetrics.engine.tracing.sorts import GROUPED_PRODUCTS, SortedKeys, keys_of_sort
 from lightning_gradmetrics.gradients.precision import at_least_float32
 
 __all__ = ["CallTrace", "TensorState", "TracedCall"]
@@ -81,6 +82,8 @@ class CallTrace(OpeningMode):
         self.calls: list[TracedCall] = []
         self.reads: list[HostRead] = []
         self.masks: list[Tensor] = []
+        self.sorts: list[SortedKeys] = []
+        self.groups = 0
         self.assigned: list[TensorState] = []
         self._reductions = Reductions()
         self._guide, self._only, self._keep = guide, only, keep
@@ -118,9 +121,12 @@ class CallTrace(OpeningMode):
         inputs = tuple(map(self._state, tensors))
         before = self._marks(tensors, inputs, 0)
         result = func(*args, **kwargs)
-        mask = selecting_mask(func, args)
+        mask, keys = selecting_mask(func, args), None if self._open else keys_of_sort(func, args, result)
         if mask is not None:
             self.masks.append(mask)
+        if keys is not None:
+            self.sorts.append(keys)
+        self.groups += func in GROUPED_PRODUCTS and not self._open
         read, value = tensors_read(func, args, kwargs, result)
         for tensor in read:
             reduction = self._reductions.of_read(func, args, tensor, result)
