@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_gradmetrics.engine.kernels import row_moments
 from lightning_gradmetrics.engine.kernels.reduction import CHUNK_ENTRIES
 from lightning_gradmetrics.engine.selection import rearranges, selection_of
-from lightning_gradmetrics.engine.uses import EmbeddingUse, RowsUse, Use, flat_rows, merge_rows
+from lightning_gradmetrics.engine.uses import EmbeddingUse, RowsUse, StackedUse, Use, flat_rows, merge_rows
 from lightning_gradmetrics.gradients.statistics import Moment, Moments
 
 __all__ = ["Derivation", "DerivedUse", "pulled_back"]
@@ -118,8 +118,22 @@ def pulled_back(use: Use, derived: Tensor, parameters: Sequence[Tensor]) -> list
         rows = _looked_up(use, derived, parameters[0])
         if rows is not None:
             return [rows]
+        index = _selected(derived, parameters[0])
+        if index is not None:
+            return [StackedUse({index: use}, len(parameters[0]))]
     derivation = Derivation(use, derived, tuple(parameters))
     return [DerivedUse(derivation, parameter) for parameter in parameters]
+
+
+def _selected(derived: Tensor, parameter: Tensor) -> int | None:
+    """Return which entry along the first axis of a parameter a tensor is, such as the matrix of an expert; ``None`` for other tensors."""
+    node: Any = derived.grad_fn
+    if node is None or node.name() != "SelectBackward0" or node._saved_dim:
+        return None
+    if getattr(node.next_functions[0][0], "variable", None) is not parameter:
+        return None
+    index: int = node._saved_index
+    return (index - 2**64 if index >= 2**63 else index) % len(parameter)  # autograd stores -1 as an unsigned number
 
 
 def _looked_up(use: Use, derived: Tensor, parameter: Tensor) -> EmbeddingUse | None:

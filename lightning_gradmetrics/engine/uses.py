@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -267,29 +267,44 @@ class EmbeddingUse:
 
 @dataclass(frozen=True)
 class StackedUse:
-    """Gradients of the entries along the first axis of a parameter, such as one matrix for each expert."""
+    """Gradients of entries along the first axis of a parameter, such as one matrix for each expert; those of other entries are zero.
 
-    parts: tuple[Use, ...]
+    Args:
+        parts: The use of each entry, at least one.
+        length: The length of the axis.
+    """
+
+    parts: Mapping[int, Use]
+    length: int
+
+    @property
+    def _first(self) -> Use:
+        return next(iter(self.parts.values()))
 
     @property
     def shape(self) -> tuple[int, ...]:  # noqa: D102
-        return (len(self.parts), *self.parts[0].shape)
+        return (self.length, *self._first.shape)
 
     def __len__(self) -> int:
-        return len(self.parts[0])
+        return len(self._first)
 
     def rows(self, start: int, stop: int) -> StackedUse:  # noqa: D102
-        return StackedUse(tuple(part.rows(start, stop) for part in self.parts))
+        return replace(self, parts={index: part.rows(start, stop) for index, part in self.parts.items()})
 
     def gradient(self) -> Tensor:  # noqa: D102
-        return torch.stack([part.gradient() for part in self.parts], 1)
+        parts = {index: part.gradient() for index, part in self.parts.items()}
+        zeros = torch.zeros_like(next(iter(parts.values())))
+        return torch.stack([parts.get(index, zeros) for index in range(self.length)], 1)
 
     def moments(self, wanted: Iterable[Moment]) -> Moments:  # noqa: D102
         keys = frozenset(wanted)
-        parts = [part.moments(keys) for part in self.parts]
+        parts = [part.moments(keys) for part in self.parts.values()]
         stacked: Moments = {}
         for key in keys:
-            stacked[key] = torch.stack([moments[key] for moments in parts], 1)
+            columns = [moments[key] for moments in parts]
+            if len(parts) < self.length:  # of the zeros
+                columns.append(torch.zeros_like(columns[0]))
+            stacked[key] = torch.stack(columns, 1)
         return merged_moments(stacked)
 
 
@@ -320,7 +335,7 @@ class SumUse:
 
 
 def combined(uses: Sequence[Use]) -> Use:
-    """Return all uses of one parameter as one use: linear and embedding uses are concatenated, others are added."""
+    """Return all uses of one parameter as one use: linear, embedding and stacked uses are joined, others are added."""
     if len(uses) == 1:
         return uses[0]
     uses = list(map(_as_sequence, uses))
@@ -330,10 +345,21 @@ def combined(uses: Sequence[Use]) -> Use:
         return replace(first, a=_joined(uses, "a"), g=_joined(uses, "g"), totals=None)
     if len(kinds) == 1 and isinstance(first, EmbeddingUse):
         return replace(first, indices=_joined(uses, "indices"), g=_joined(uses, "g"))
+    if len(kinds) == 1 and isinstance(first, StackedUse):
+        return replace(first, parts=_joined_parts(uses))
     total = SumUse(tuple(uses))
     if len(kinds) == 1 and isinstance(first, RowsUse):
         return RowsUse(total.gradient())
     return total
+
+
+def _joined_parts(uses: Iterable[Use]) -> dict[int, Use]:
+    """Return all uses of each entry as one use."""
+    parts: dict[int, list[Use]] = {}
+    for use in uses:
+        for index, part in use.parts.items():  # type: ignore[attr-defined]
+            parts.setdefault(index, []).append(part)
+    return {index: combined(of_index) for index, of_index in parts.items()}
 
 
 def _as_sequence(use: Use) -> Use:

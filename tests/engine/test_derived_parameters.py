@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_gradmetrics.engine import gradient_statistics
 from lightning_gradmetrics.engine.derivation import Derivation, DerivedUse
+from lightning_gradmetrics.engine.uses import RowsUse, StackedUse
 from tests.engine.layers import Summed, check_layer, normal
 
 
@@ -27,6 +28,36 @@ def test_reordered_parameters_are_not_pulled_back(monkeypatch):
     check_layer(layer, normal(3, 5, 4))
     monkeypatch.delattr(DerivedUse, "gradient")
     gradient_statistics(Summed(layer), (normal(3, 5, 4),), "pseudo_label")
+
+
+@pytest.mark.parametrize("others", [(), (2,), (2, 2)], ids=str)
+def test_entries_of_a_stack_are_not_pulled_back(others, monkeypatch):
+    """The matrices of experts have their own statistics; those of entries that are not used are zero."""
+
+    class Stack(nn.Module):
+        def __init__(self, is_scaled: bool) -> None:
+            super().__init__()
+            self.weights, self.is_scaled = nn.Parameter(normal(5, 4, 4)), is_scaled
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for index in (0, -1, torch.tensor(1), *others):
+                x = torch.tanh(nn.functional.linear(x, self.weights[index]))
+            return x @ (2 * self.weights[3]) if self.is_scaled else x + self.weights[-1, 0]
+
+    check_layer(Stack(is_scaled=True), normal(3, 6, 4))
+    check_layer(Stack(is_scaled=False), normal(3, 6, 4))
+    monkeypatch.delattr(DerivedUse, "gradient")
+    stack = Stack(is_scaled=False)
+    stack.forward = lambda x: torch.tanh(x @ stack.weights[4]) @ stack.weights[-2]
+    gradient_statistics(Summed(stack), (normal(3, 6, 4),), "pseudo_label")
+
+
+def test_entries_without_a_use_have_gradients_of_zero():
+    use = RowsUse(torch.tensor([[1.0, 3.0], [-2.0, -1.0]]))
+    moments = StackedUse({1: use}, 2).moments(["min", "max", "sum"])
+    assert torch.stack([moments["min"], moments["max"], moments["sum"]]).tolist() == [[0, -2], [3, 0], [4, -3]]
+    assert StackedUse({0: use}, 1).moments(["min"])["min"].tolist() == [1, -2]
+    assert StackedUse({1: use}, 2).gradient().tolist() == [[[0, 0], [1, 3]], [[0, 0], [-2, -1]]]
 
 
 @pytest.mark.parametrize("padding", [None, 1, -1])

@@ -43,6 +43,13 @@ def _in_two_orders(h: Tensor) -> Tensor:
     return h.flatten(1) * first.t()
 
 
+def _scattered_in_two_orders(h: Tensor) -> Tensor:
+    rows = h.detach().flatten(1)
+    memory = torch.zeros(rows.numel())
+    memory.view(-1, len(h)).scatter_(0, rows.t().argsort(0), rows.t())
+    return h.flatten(1) * memory.view(len(h), -1)
+
+
 def _written(h: Tensor, memory: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
     """Return the entries of a constant that values were written into, or into a view of this shape."""
     if shape is None:
@@ -67,6 +74,7 @@ APART: dict[str, Callable[[Tensor], Tensor]] = {
     "two indices": lambda h: h[:, ORDER[:, None], ORDER[None]],
     "positions of each sample": lambda h: h[torch.arange(len(h)), :, h[:, 0, 0].argmax(1)],
     "scatter": lambda h: torch.zeros_like(h).scatter(-1, h.argsort(-1), h),
+    "scatter in place": lambda h: torch.zeros_like(h).scatter_(-1, h.argsort(-1), 2) * h,
     "scatter_add": lambda h: torch.zeros_like(h).scatter_add(-1, h.argsort(-1), h),
     "index_add": lambda h: torch.zeros(len(h), 5, 6, 6).index_add(1, ORDER, h),
     "index_copy": lambda h: torch.zeros(len(h), 5, 6, 6).index_copy(1, ORDER, h),
@@ -129,6 +137,9 @@ MIXED: dict[str, Callable[[Tensor], Tensor]] = {
     "the first sample": lambda h: _filled_with(h, 0),
     "strides of a copy": lambda h: h.flatten(1)[:, :36].as_strided((len(h), 36), (36, 1)),
     "gather from a table": lambda h: SQUARE.gather(1, h[:, 0, 0].argsort(1)),
+    "scatter in place": lambda h: torch.zeros_like(h).scatter_(0, h.argsort(0), h),
+    "scatter into memory of all samples": lambda h: h * torch.zeros(4, 6, 6).scatter_(2, h[0].argsort(2), 1),
+    "scatter in two orders": _scattered_in_two_orders,
     "scatter of a table": lambda h: torch.zeros(len(h), 6).scatter(1, h[:, 0, 0].argsort(1), SQUARE),
     "memory in two orders": _in_two_orders,
     "memory that samples share": lambda h: h * SQUARE.expand_as(h).masked_fill_(h > 0.5, 2.0),

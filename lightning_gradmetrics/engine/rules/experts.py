@@ -54,13 +54,14 @@ def grouped(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
         g: The gradient of its output, ``(R, O)``.
     """
     x, owners, ends = call.values["input"].to(g.dtype), call.values["owners"], call.values["offs"]
-    size, start, parts = len(owners) // call.axis.times, 0, []
-    for end in ends.tolist():
+    size, start = len(owners) // call.axis.times, 0
+    parts: dict[int, Use] = {}
+    for expert, end in enumerate(ends.tolist()):
         rows = slice(start, end)
         places, times = _places(owners[rows], size)
-        parts.append(LinearUse(_padded(x[rows], places, size, times), _padded(g[rows], places, size, times), True))
+        parts[expert] = LinearUse(_padded(x[rows], places, size, times), _padded(g[rows], places, size, times), True)
         start = end
-    yield "weight", StackedUse(tuple(parts))
+    yield "weight", StackedUse(parts, len(parts))
 
 
 def _places(owners: Tensor, size: int) -> tuple[Tensor, int]:

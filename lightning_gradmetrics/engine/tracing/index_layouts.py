@@ -21,8 +21,8 @@ def scattered(step: Step) -> Layout:
     target, index, *source = step.layouts
     dim = step.operation.arguments["dim"] % len(step.shape)
     is_other = index is None or index.dim == dim or any(layout not in (None, index) for layout in (target, *source))
-    is_other = is_other or (bool(source) and _is_table(step, 2))
-    if index is None or is_other or step.operation.written:
+    is_other = is_other or (bool(source) and _is_table(step, 2)) or (bool(step.operation.written) and target != index)
+    if index is None or is_other:
         raise UnprovenError
     return index
 
