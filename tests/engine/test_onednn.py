@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -59,6 +61,17 @@ def test_other_types_and_settings_are_left_to_torch() -> None:
         assert not onednn.computes(x, weight)
     finally:
         torch.set_float32_matmul_precision("highest")
+    assert onednn.computes(x, weight)
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch 2.8 has one setting only")
+def test_a_precision_of_all_libraries_is_followed() -> None:
+    """The older function for the precision raises an error once this setting is used."""
+    code = "import torch; from lightning_gradmetrics.engine.kernels import onednn; onednn._is_faster = lambda: True; "
+    code += "torch.backends.fp32_precision = 'tf32'; torch.backends.mkldnn.fp32_precision = 'bf16'; "
+    code += "print(onednn.computes(torch.ones(128, 256), torch.ones(512, 256)))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "False\n"
 
 
 class _Layers(nn.Module):

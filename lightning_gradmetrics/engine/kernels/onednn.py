@@ -39,10 +39,10 @@ def _is_allowed(x: Tensor, weight: Tensor) -> bool:
     """Return whether oneDNN multiplies tensors of these types in float32, as MKL does."""
     if x.dtype != torch.float32 or not x.is_cpu or weight.dtype != torch.float32 or not _is_faster() or is_traced():
         return False
-    if torch.is_autocast_enabled("cpu") or torch.get_float32_matmul_precision() != "highest":
-        return False
     settings: Any = torch.backends.mkldnn
-    return bool(settings.enabled and settings.conv.fp32_precision in ("none", "ieee"))
+    if torch.is_autocast_enabled("cpu") or not settings.enabled:
+        return False
+    return {settings.matmul.fp32_precision, settings.conv.fp32_precision} <= {"none", "ieee"}
 
 
 def computes(x: Tensor, weight: Tensor) -> bool:
