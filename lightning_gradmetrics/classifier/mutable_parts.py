@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, MutableMapping, Sequence
 from enum import Enum
+from functools import lru_cache
 from operator import is_
 from types import ModuleType
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ContainerRecord", "has_settings", "module_of", "mutable_parts", "sort_entries"]
+__all__ = ["ContainerRecord", "SlotValues", "has_settings", "module_of", "mutable_parts", "sort_entries"]
 
 _PLAIN = (
     bool,
@@ -53,11 +54,70 @@ def has_settings(value: Any) -> bool:
         >>> has_settings(SimpleNamespace(step=1)), has_settings(3)
         (True, False)
     """
+    return hasattr(value, "__dict__") and _is_searched(value)
+
+
+def _is_searched(value: Any) -> bool:
+    """Return whether a value is an object whose attributes are searched and restored."""
     if isinstance(value, (*_PLAIN, Tensor, np.ndarray, *_CONTAINERS)) or callable(value):
         return False
-    if not hasattr(value, "__dict__") or _package(type(value)) in _FOREIGN:
+    if _package(type(value)) in _FOREIGN:
         return False
     return _DATA_PACKAGES.isdisjoint(map(_package, type(value).__mro__))
+
+
+@lru_cache(maxsize=1024)
+def _slots_of(kind: Any) -> tuple[str, ...]:
+    """Return the names of the attributes that a class has in place of a ``__dict__``, as a dataclass with ``slots=True``."""
+    names: list[str] = []
+    for base in kind.__mro__:
+        slots = vars(base).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else tuple(slots):
+            is_private = name.startswith("__") and not name.endswith("__")
+            names.append(f"_{base.__name__.lstrip('_')}{name}" if is_private else name)
+    return tuple(name for name in dict.fromkeys(names) if not name.startswith("__"))
+
+
+class SlotValues(MutableMapping[str, Any]):
+    """The attributes of an object in its ``__slots__``, as a dictionary.
+
+    Args:
+        owner: The object.
+
+    Example:
+        >>> class Step:
+        ...     __slots__ = ("number", "unset")
+        >>> step = Step()
+        >>> step.number = 3
+        >>> dict(SlotValues(step))
+        {'number': 3}
+    """
+
+    def __init__(self, owner: Any) -> None:
+        self._owner = owner
+
+    def __getitem__(self, name: str) -> Any:
+        """Return the value of an attribute."""
+        return getattr(self._owner, name)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        """Set an attribute, also that of a frozen dataclass."""
+        object.__setattr__(self._owner, name, value)
+
+    def __delitem__(self, name: str) -> None:
+        """Delete an attribute."""
+        object.__delattr__(self._owner, name)
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the names of the attributes that have a value."""
+        kind: Any = type(self._owner)
+        for name in _slots_of(kind):
+            if hasattr(self._owner, name):
+                yield name
+
+    def __len__(self) -> int:
+        """Return the number of attributes that have a value."""
+        return sum(1 for _ in self)
 
 
 def module_of(kind: type) -> str:
@@ -75,7 +135,7 @@ def _package(kind: type) -> str:
 
 
 def mutable_parts(value: Any, seen: set[int]) -> Iterator[Any]:
-    """Yield every container, array and tensor in a value, and the ``__dict__`` of objects with settings, outermost first.
+    """Yield every container, array and tensor in a value, and the attributes of objects with settings, outermost first.
 
     Args:
         value: The value.
@@ -100,9 +160,15 @@ def mutable_parts(value: Any, seen: set[int]) -> Iterator[Any]:
             seen.add(id(part))
             yield part
             entries = part.values() if isinstance(part, dict) else part
-        elif has_settings(part):
+        elif _is_searched(part):
             seen.add(id(part))
-            waiting.append(vars(part))
+            if hasattr(part, "__dict__"):
+                waiting.append(vars(part))
+            kind: Any = type(part)
+            if _slots_of(kind):
+                slots = SlotValues(part)
+                yield slots
+                entries = slots.values()
         if 0 < len(entries) <= MOST_ENTRIES:
             waiting.extend(reversed(list(entries)))
 
@@ -132,7 +198,7 @@ class ContainerRecord:
 
     def __init__(self, container: Any) -> None:
         self.container = container
-        if isinstance(container, dict):
+        if isinstance(container, (dict, SlotValues)):
             self._before: Any = dict(container)
         else:
             self._before = set(container) if isinstance(container, set) else list(container)
@@ -159,6 +225,8 @@ def _has_entries(container: Any, before: Any) -> bool:
         return False
     if isinstance(container, set):
         return bool(container == before)
+    if isinstance(container, SlotValues):
+        return list(container) == list(before) and _are_same(container.values(), before.values())
     if isinstance(container, dict):
         return _are_same(container, before) and _are_same(container.values(), before.values())
     return _are_same(container, before)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -105,6 +107,34 @@ def test_state_of_the_model_is_restored(engine: str) -> None:
         assert model.calls == 0 and model.history is history == [0] and model.cache is cache == {"a": 1}
         assert torch.equal(model.plain, torch.ones(3)) and model.deleted == "here" and not hasattr(model, "fresh")
         assert not any(module.training for module in model.modules())
+
+
+@dataclass(slots=True)
+class Counter:
+    passes: int = 0
+    seen: list[int] = field(default_factory=list)
+
+
+class Counting(nn.Module):
+    """Scales its logits by the number of passes so far, in an object without a ``__dict__``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.counter = nn.Linear(4, 3), Counter()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.counter.passes += 1
+        self.counter.seen.append(len(x))
+        return self.layer(x) * self.counter.passes
+
+
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+def test_objects_with_slots_are_restored(engine: str) -> None:
+    model, x = Counting(), torch.randn(5, 4)
+    found = lgm.gradient_statistics(model, x, "uniform", engine=engine).norm(1)
+    expected = lgm.gradient_statistics(copy.deepcopy(model.layer), x, "uniform", engine="reference").norm(1)
+    torch.testing.assert_close(found, expected)
+    assert (model.counter.passes, model.counter.seen) == (0, [])
 
 
 def test_a_graph_of_the_users_survives() -> None:
