@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lightning_gradmetrics as lgm
 from lightning_gradmetrics.engine.auto import _STRATEGIES
+from lightning_gradmetrics.engine.kernels.segments import Segments
 from lightning_gradmetrics.engine.passes import path_record, strategy
 from lightning_gradmetrics.engine.passes.path_check import PathFollower
 
@@ -351,6 +352,27 @@ def require_known_path(model: nn.Module) -> None:
     for _ in range(4):
         require_equal(model, torch.randn(5, 6, dtype=torch.float64))
     assert any(path is not None for path in paths_of(model)), "no path is known"
+
+
+@pytest.mark.parametrize("is_large", [False, True])
+def test_only_moments_over_all_parameters_are_computed_if_no_others_are_read(
+    is_large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if is_large:
+        monkeypatch.setattr(path_record, "MOST_BYTES", 0)
+    only_merged: list[bool] = []
+    statistics = Segments.statistics
+    monkeypatch.setattr(Segments, "statistics", lambda *args: only_merged.append(args[-1]) or statistics(*args))
+    torch.manual_seed(0)
+    model, x = InOrder(nn.functional.softplus).double().eval(), torch.randn(5, 6, dtype=torch.float64)
+    require_known_path(model)
+    assert not any(only_merged)
+    objectives = ["pseudo_label", "uniform"]
+    results = lgm.gradient_statistics(model, x, objectives)
+    assert all(only_merged[-2:])
+    for one, other in zip(results, lgm.gradient_statistics(model, x, objectives, engine="reference"), strict=True):
+        for key, value in other.moments.items():
+            torch.testing.assert_close(one.moments[key], value, rtol=1e-9, atol=1e-12)
 
 
 def test_chosen_layers_in_another_order() -> None:

@@ -82,7 +82,7 @@ class SegmentJob(ctypes.Structure):
 
     _fields_ = (
         _pointers("x columns step left right known known_step undo out")
-        + _integers("samples segments outputs mode")
+        + _integers("samples segments outputs mode merged")
         + _counters("next")
     )
 

@@ -102,7 +102,7 @@ class Segments:
         """Return whether no matrix was changed in place since it was added."""
         return self._versions == [matrix._version for matrix in self._matrices]
 
-    def statistics(self, names: Sequence[str], undo: Tensor | None = None) -> Tensor:
+    def statistics(self, names: Sequence[str], undo: Tensor | None = None, merged: bool = False) -> Tensor:
         """Return the moments in the order of ``ORDER``, for each parameter and then over all of them, ``(5, P + 1, N)``.
 
         :func:`chosen_moments` chooses the wanted ones; the others may be undefined.
@@ -110,13 +110,14 @@ class Segments:
         Args:
             names: The parameters that were added, in the order of the columns.
             undo: Factors of the gradients, ``(N,)``.
+            merged: Whether to return only those over all parameters, ``(5, 1, N)``.
         """
         numbers = dict(zip(self.names, range(len(self.names)), strict=True))
         order = list(map(numbers.__getitem__, names))
         if undo is not None and not (undo.dtype == torch.float64 and undo.is_contiguous()):
             undo = undo.to(torch.float64).contiguous()
         left, right = list(map(self._left.__getitem__, order)), list(map(self._right.__getitem__, order))
-        return _segment_statistics(self._matrices, self._known, undo, left, right, self._has_extremes)
+        return _segment_statistics(self._matrices, self._known, undo, left, right, self._has_extremes, merged)
 
     def by_name(self) -> dict[str, Moments]:
         """Return each parameter's moments, ``(N,)``."""
@@ -129,9 +130,9 @@ class Segments:
 
 
 @operator(
-    "(Tensor[] matrices, Tensor?[] known, Tensor? undo, int[] left, int[] right, bool extremes) -> Tensor",
-    lambda matrices, known, undo, left, *_: matrices[0].new_empty(
-        len(ORDER), len(left) + 1, len(matrices[0]), dtype=torch.float64
+    "(Tensor[] matrices, Tensor?[] known, Tensor? undo, int[] left, int[] right, bool extremes, bool merged) -> Tensor",
+    lambda matrices, known, undo, left, right, extremes, merged: matrices[0].new_empty(
+        len(ORDER), 1 if merged else len(left) + 1, len(matrices[0]), dtype=torch.float64
     ),
 )
 def _segment_statistics(
@@ -141,6 +142,7 @@ def _segment_statistics(
     left: Sequence[int],
     right: Sequence[int],
     extremes: bool,
+    merged: bool,
 ) -> Tensor:
     """Return the moments in the order of ``ORDER``, for each parameter and then over all of them, ``(5, P + 1, N)``.
 
@@ -151,9 +153,10 @@ def _segment_statistics(
         left: The number of each parameter's matrix, or of its left factor; ``-1 - i`` for the known moments of parameter ``i``.
         right: The number of its right factor, or -1.
         extremes: Whether to compute more than sums and sums of squares.
+        merged: Whether to return only the moments over all parameters, ``(5, 1, N)``.
     """
     samples, segments, outputs = matrices[0].shape[0], len(matrices), len(left)
-    out = torch.empty(len(ORDER), outputs + 1, samples, dtype=torch.float64)
+    out = torch.empty(len(ORDER), 1 if merged else outputs + 1, samples, dtype=torch.float64)
     alone = parallel_runner() is None or sum(map(Tensor.numel, matrices)) <= ONE_THREAD_ENTRIES
     numbers = array("q", map(Tensor.data_ptr, matrices))  # alive until the call returns
     numbers.extend([matrix.shape[1] for matrix in matrices])
@@ -181,6 +184,7 @@ def _segment_statistics(
         segments=segments,
         outputs=outputs,
         mode=int(extremes),
+        merged=int(merged),
     )
     run = library_for(matrices[0].dtype, in_graph=True).segment_statistics
     run(ctypes.byref(job), parallel_runner(), 1 if alone else torch.get_num_threads())

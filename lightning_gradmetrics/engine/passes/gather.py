@@ -56,6 +56,7 @@ class MomentTable:
     def _table(self, index: int) -> Moments:
         table, statistics = self._moments[index], self._statistics[index]
         if table is None and statistics is not None:
+            assert statistics.shape[1] == len(self._columns) + 1, "only the moments over all parameters were computed"
             self._moments[index] = table = chosen_moments(statistics[:, :-1].mT, self.task.wanted)
         elif table is None:
             only = replace(self.task, objectives=self.task.objectives[index : index + 1])
@@ -97,8 +98,12 @@ class MomentTable:
         else:
             self._waiting[-1][name] = use.moments(self.task.wanted)
 
-    def finish(self) -> None:
-        """Write all parameters' moments into the table and undo the scales."""
+    def finish(self, merged: bool = False) -> None:
+        """Write all parameters' moments into the table and undo the scales.
+
+        Args:
+            merged: Whether only the moments over all parameters are read afterwards.
+        """
         for index in range(len(self._waiting)):
             undo = self.scales[index]
             factors = None if self._scaled else undo
@@ -110,20 +115,21 @@ class MomentTable:
             if is_traced() and (waiting or len(segments.names) < len(self._columns)):
                 waiting.update(segments.by_name())  # a graph has no lists of columns to assign to
             else:
-                self._fill_segments(index, factors)
+                self._fill_segments(index, factors, merged)
             if waiting:
                 _fill_columns(self._table(index), waiting, self._columns, factors)
         self._waiting, self._small, self._segments = [], [], []
 
-    def _fill_segments(self, index: int, undo: Tensor | None) -> None:
+    def _fill_segments(self, index: int, undo: Tensor | None, merged: bool) -> None:
         segments = self._segments[index]
         if not segments.names:
             return
         if not segments.unchanged():
             raise PlanError("a layer's input or gradient was changed in place after its use")
         names = sorted(segments.names, key=self._columns.__getitem__)
-        statistics = segments.statistics(names, undo)
-        if len(names) == len(self._columns):
+        is_complete = len(names) == len(self._columns)
+        statistics = segments.statistics(names, undo, merged and is_complete)
+        if is_complete:
             self._moments[index], self._statistics[index] = None, statistics
             return
         where = list(map(self._columns.__getitem__, names))

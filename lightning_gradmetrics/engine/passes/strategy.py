@@ -295,11 +295,13 @@ def collect_on_path(
     finally:
         tracer.release()
     checks(logits)
-    _collect_gradients(table, task, tracer, logits)
+    _collect_gradients(table, task, tracer, logits, table.task.merged)
 
 
-def _collect_gradients(table: MomentTable, task: Task, tracer: Tracer | DirectPass, logits: Tensor) -> None:
-    """Fill a table by one backward pass per objective."""
+def _collect_gradients(
+    table: MomentTable, task: Task, tracer: Tracer | DirectPass, logits: Tensor, merged: bool = False
+) -> None:
+    """Fill a table by one backward pass per objective; if ``merged``, only with moments over all parameters."""
     scaled = [task.unit_gradient(index, logits) for index in range(len(table.task.objectives))]
     rows = tracer.rows if isinstance(tracer, Tracer) else None
     for index, (gradient, undo) in enumerate(scaled):
@@ -307,7 +309,7 @@ def _collect_gradients(table: MomentTable, task: Task, tracer: Tracer | DirectPa
         if rows is not None:
             rows.begin(index, undo)
         tracer.collect(logits, gradient, last=index == len(scaled) - 1)
-    table.finish()
+    table.finish(merged)
     if rows is not None:
         rows.finish()
 

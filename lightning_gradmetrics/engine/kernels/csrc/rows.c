@@ -66,8 +66,8 @@ typedef struct {
   const double *const *known;           /* (parameters, STATISTICS): statistics computed before, with a value for each sample, or NULL */
   const int64_t *known_step;            /* likewise; left = -1 - i means those of parameter i */
   const double *undo;                   /* (samples): factors of the entries, or NULL */
-  double *out;                          /* (STATISTICS, outputs + 1, samples): the last over all outputs */
-  int64_t samples, segments, outputs, mode;
+  double *out;                          /* (STATISTICS, outputs + 1, samples): the last over all outputs; with `merged` only that one */
+  int64_t samples, segments, outputs, mode, merged;
   atomic_int next;
 } segment_job;
 
@@ -194,9 +194,10 @@ static void segment_work(void *data) {
           memcpy(value, found[j->left[o]], sizeof value);
         scale_block(value, factor, all, (int)j->mode);
       }
-      for (int k = 0; k < kept; k++)
+      for (int k = 0; k < kept && !j->merged; k++)
         memcpy(j->out + (k * rows + o) * j->samples + first, value[k], sizeof(double) * count);
     }
+    for (int k = 0; k < kept && j->merged; k++) memcpy(j->out + k * j->samples + first, all[k], sizeof(double) * count);
   }
 }
 
