@@ -60,6 +60,7 @@ class _Model(nn.Module):
         self.router, self.head, self.chosen = nn.Linear(WIDTH, EXPERTS), nn.Linear(WIDTH, 4), chosen
         self.first = nn.Parameter(torch.randn(EXPERTS, WIDTH, WIDTH) / 2)
         self.second = nn.Parameter(torch.randn(EXPERTS, WIDTH, WIDTH) / 2)
+        self.biases = nn.Parameter(torch.randn(EXPERTS, WIDTH))
         self.mix = mix
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,6 +89,13 @@ def _with_argsort(model, rows, weights, experts):
     return back * weights[:, :1] + (rows @ model.second[0])
 
 
+def _with_biases(model, rows, weights, experts):
+    order = _Sorted(experts)
+    hidden = torch._grouped_mm(rows[order.tokens], model.first, offs=order.ends())
+    hidden = hidden.add_(model.biases[order.keys]).clamp(min=-1)
+    return order.back(hidden * model.biases[order.keys]).view(len(rows), -1, WIDTH).sum(1)
+
+
 def _batches():
     """Nine batches whose routings change, with experts for no row and one expert for all rows, and two lengths."""
     torch.manual_seed(1)
@@ -105,8 +113,8 @@ def _batches():
 
 
 @needs_grouped_products
-@pytest.mark.parametrize("mix", [_usual, _with_argsort])
-@pytest.mark.parametrize("chosen", [lambda name: name == "first", None], ids=["experts", "all"])
+@pytest.mark.parametrize("mix", [_usual, _with_argsort, _with_biases])
+@pytest.mark.parametrize("chosen", [lambda name: name in ("first", "biases"), None], ids=["experts", "all"])
 def test_sorted_rows_are_planned_and_exact(mix, chosen, monkeypatch) -> None:
     """Each group is compared with the keys of the sort in every batch."""
     compared = []
@@ -215,6 +223,26 @@ def _places_as_values(model, rows, weights, experts):
     return order.back(products).view(len(rows), -1, WIDTH).sum(1)
 
 
+def _bias_by_place(model, rows, weights, experts):
+    order = _Sorted(experts)
+    products = torch._grouped_mm(rows[order.tokens], model.first, offs=order.ends())
+    return order.back(products + model.biases[order.places % EXPERTS]).view(len(rows), -1, WIDTH).sum(1)
+
+
+def _mean_in_place(model, rows, weights, experts):
+    order = _Sorted(experts)
+    products = torch._grouped_mm(rows[order.tokens], model.first, offs=order.ends())
+    products.mul_(1 + torch.relu(products.mean(0) - 3))
+    return order.back(products).view(len(rows), -1, WIDTH).sum(1)
+
+
+def _changed_by_a_view(model, rows, weights, experts):
+    order = _Sorted(experts)
+    products = torch._grouped_mm(rows[order.tokens], model.first, offs=order.ends())
+    products.view(-1)[: len(rows)].mul_(2)
+    return order.back(products).view(len(rows), -1, WIDTH).sum(1)
+
+
 def _descending(model, rows, weights, experts):
     keys, places = torch.sort(experts.reshape(-1), descending=True)
     ends = torch.bincount(keys, minlength=EXPERTS).cumsum(0).to(torch.int32)
@@ -223,7 +251,7 @@ def _descending(model, rows, weights, experts):
 
 
 _COUPLED = [_by_popularity, _not_put_back, _put_back_twice, _changed_inverse, _changed_keys, _other_sort]
-_MORE = [_sorted_twice, _other_inverse]
+_MORE = [_sorted_twice, _other_inverse, _bias_by_place, _mean_in_place, _changed_by_a_view]
 _OTHERS = [_gate_between_rows, _neighbours, _by_place, _places_as_values, _descending]
 
 
@@ -267,7 +295,7 @@ def test_groups_are_compared_with_sorted_keys(ends: list[int], fits: bool) -> No
 
 
 @needs_grouped_products
-@pytest.mark.parametrize("mix", [_usual, _with_argsort])
+@pytest.mark.parametrize("mix", [_usual, _with_argsort, _with_biases])
 def test_rows_that_are_put_back_are_proven_to_stay_apart(mix) -> None:
     assert _is_proven(_Model(mix), next(_batches()))
 

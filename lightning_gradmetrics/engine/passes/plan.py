@@ -47,12 +47,13 @@ class Step:
         kind: ``"derive"``: no argument depends on the samples, run it with a graph; ``"rule"``: a rule covers it;
             ``"broadcast"``: give each sample a copy, aligned to the output; ``"vmap"``: give each sample its own
             copy and map over the samples; ``"grouped"``: multiply each group of sorted rows by its own matrix;
-            ``"plain"``: run it, nothing differentiable is returned; ``"uncovered"``: run it, these parameters need
-            another engine.
+            ``"looked_up"``: look up rows of a table by an integer of each sorted row; ``"plain"``: run it, nothing
+            differentiable is returned; ``"uncovered"``: run it, these parameters need another engine.
         inputs: The sample axis of each tensor argument.
         output: The sample axis of the output.
         derived: Which outputs are derived tensors.
         root: Whether its inputs with samples do not depend on a chosen parameter.
+        sort: The number of the sort by which rows are looked up.
     """
 
     function: Any
@@ -62,6 +63,7 @@ class Step:
     output: Axis | None = None
     derived: tuple[int, ...] = ()
     root: bool = False
+    sort: int = 0
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from lightning_gradmetrics.engine.passes.agreement import VerificationNotes
 from lightning_gradmetrics.engine.passes.mapped_calls import mapped_call
 from lightning_gradmetrics.engine.passes.plan import Plan, PlanError, Source, Step
 from lightning_gradmetrics.engine.passes.row_sums import RowSums
-from lightning_gradmetrics.engine.passes.tracer_state import TracerState
+from lightning_gradmetrics.engine.passes.sorted_rows import SortedRows
 from lightning_gradmetrics.engine.rules import RULES, Call, Rule, bind
 from lightning_gradmetrics.engine.tracing.axes import Axis, axis_of
 from lightning_gradmetrics.engine.tracing.calls import (
@@ -38,7 +38,7 @@ Sink = Callable[[str, Use], None]
 _UNGUARDED = nullcontext()
 
 
-class Tracer(TracerState):
+class Tracer(SortedRows):
     """A forward pass that passes the per-sample gradients of chosen parameters to ``sink`` in each backward pass.
 
     The parameters must not require gradients. The mode is active during the forward pass and, for activation
@@ -125,7 +125,7 @@ class Tracer(TracerState):
         if step is None or step.function != function or step.sources != sources:
             return None
         self.position += 1
-        if not torch.is_grad_enabled() and step.kind in ("rule", "broadcast", "vmap", "grouped"):
+        if not torch.is_grad_enabled() and step.kind in ("rule", "broadcast", "vmap", "grouped", "looked_up"):
             self._delayed.append(step)
             self._checkpoints = True
             return replace(step, kind="plain")
@@ -200,22 +200,6 @@ class Tracer(TracerState):
             self.recorder.note_step(self.position - 1, step, rule, slots, call, run)
         hook = partial(self._rule_gradient, rule, call, slots, x._version)
         result.register_hook(hook)  # type: ignore[no-untyped-call]
-        return result
-
-    def _grouped(self, step: Step, args: Any, kwargs: Any) -> Any:
-        """Run a product of sorted rows; the indices of the sort show the sample of each row."""
-        if not self._collecting or self._recomputes or self.recorder is not None:
-            raise PlanError("a product of groups is no part of a checkpoint or a known path")
-        rule = RULES[step.function]
-        slots = self._slots(bind(rule, args, kwargs) or {})
-        values = bind(rule, self._cut(args), self._cut(kwargs)) or {}
-        values["owners"] = self._owners_in_groups(values)
-        result = self._rooted(step, step.function(*self._cut(args), **self._cut(kwargs)))
-        for source in slots.values():
-            self._expect(source)
-        axis = Axis(0, len(values["owners"]) // self.size)
-        call = Call(values, axis, axis, frozenset(slots))
-        result.register_hook(partial(self._grouped_gradient, rule, call, slots, values["input"]._version))  # type: ignore
         return result
 
     def _run_rule(self, step: Step, rule: Rule, values: dict[str, Any], args: Any, kwargs: Any) -> Tensor:
@@ -340,19 +324,14 @@ class Tracer(TracerState):
         if self._last:  # the graph keeps this hook, and so the layer's input, until the whole pass ends
             call.values.clear()
 
-    def _grouped_gradient(self, found: Rule, call: Call, slots: Mapping[str, Source], version: int, g: Tensor) -> None:
-        if call.values["input"]._version != version:
-            raise PlanError("a layer's input was changed in place after its use")
-        with self._silence, self._guarded(slots.values()):
-            if self.notes is not None:
-                by_sample = call.values["owners"].argsort(stable=True)
-                self._scale(slots.values(), call.values["input"], g[by_sample], call.out)
+    @contextmanager
+    def _collecting_from(self, sources: Collection[Source], x: Tensor, g: Tensor, axis: Axis) -> Iterator[None]:
+        """Note the magnitude of gradients during verification, and run the block as other computations of uses."""
+        with self._silence, self._guarded(sources):
+            self._scale(sources, x, g, axis)
             if self.rows is not None:
-                self.rows.leave_out(self._names(slots.values()))
-            for slot, use in found.uses(call, g):
-                self._arrive(slots[slot], use)
-        if self._last:
-            call.values.clear()
+                self.rows.leave_out(self._names(sources))
+            yield
 
     def _guarded(self, sources: Iterable[Source]) -> AbstractContextManager[None]:
         """During verification, attribute an error to the parameters that it concerns."""

@@ -124,13 +124,28 @@ class TracerState(OpeningMode):
             PlanError: If the groups are not those of the planned sort.
         """
         number, self._groups = self._groups, self._groups + 1
-        if number >= len(self.plan.sorts) or self.plan.sorts[number] >= len(self.sorts):
-            raise PlanError("the model multiplies or sorts other groups of rows than planned")
-        known, count = self.sorts[self.plan.sorts[number]], len(values["input"])
+        if number >= len(self.plan.sorts):
+            raise PlanError("the model multiplies more groups of rows than planned")
+        owners = self._owners_in_order(self.plan.sorts[number], len(values["input"]))
         with torch._C.DisableTorchFunction(), torch.no_grad():
-            if len(known.indices) != count or count % self.size or not known.ends_at(values["offs"]):
+            if not self.sorts[self.plan.sorts[number]].ends_at(values["offs"]):
                 raise PlanError("the groups of rows are not those of the planned sort")
-            return known.owners(self.size)
+        return owners
+
+    def _owners_in_order(self, sort: int, count: int) -> Tensor:
+        """Return the sample of each of some rows in the order of a sort, ``(R,)``.
+
+        Args:
+            sort: The number of the sort.
+            count: The number of rows.
+
+        Raises:
+            PlanError: If it has not sorted as many.
+        """
+        if sort >= len(self.sorts) or len(self.sorts[sort].indices) != count or count % self.size:
+            raise PlanError("the model sorts other rows than planned")
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            return self.sorts[sort].owners(self.size)
 
     def require_masks(self) -> None:
         """Require that all planned masks and groups of rows were compared.

@@ -84,9 +84,9 @@ class RowOrders:
             raise UnprovenError
         if not self._is_known(large, layouts):
             return large.name == "sort" and self._sort(small, large, layouts)
-        if large.written or large.hidden:
+        if large.hidden or (large.written and not self._changes_rows(large, layouts)):
             raise UnprovenError
-        if not self._is_special(large, layouts):
+        if not (self._is_special(large, layouts) or self._looks_up(small, large, layouts)):
             self._rows(small, large, layouts)
         return True
 
@@ -183,6 +183,24 @@ class RowOrders:
         else:
             return False
         return True
+
+    def _looks_up(self, small: Operation, large: Operation, layouts: dict[int, Layout]) -> bool:
+        """Take rows of a constant table by an integer of each row, such as its key."""
+        if large.name != "index" or len(large.input_serials) != 2 or [dim for _, dim in large.chosen] != [0]:
+            return False
+        table, index = large.input_serials
+        layout = layouts.get(index)
+        is_table = table not in layouts and table not in self.integers and small.inputs[0] == large.inputs[0]
+        if not is_table or layout is None or not layout.order or len(large.inputs[1]) != 1:
+            return False
+        layouts[large.output_serials[0]] = layout
+        return True
+
+    def _changes_rows(self, operation: Operation, layouts: dict[int, Layout]) -> bool:
+        """Return whether an operation changes sorted rows in place, element by element."""
+        layout, memory = layouts.get(operation.input_serials[0]), operation.memory[0]
+        is_only = operation.pointwise and set(operation.written) == {memory}
+        return is_only and layout is not None and bool(layout.order) and operation.outputs == operation.inputs[:1]
 
     def _put_back(self, operation: Operation, layouts: dict[int, Layout]) -> bool:
         """Copy all rows to the places that they came from, so that nothing of the target is left."""

@@ -15,6 +15,7 @@ from lightning_gradmetrics.engine.rules import RULES, Call, bind
 from lightning_gradmetrics.engine.tracing.axes import Axis, axis_between
 from lightning_gradmetrics.engine.tracing.calls import tensors_in
 from lightning_gradmetrics.engine.tracing.graph import reached_parameters
+from lightning_gradmetrics.engine.tracing.sorts import GROUPED_PRODUCTS
 from lightning_gradmetrics.engine.tracing.trace import CallTrace, TensorState, TracedCall
 
 __all__ = ["make_plan"]
@@ -37,7 +38,7 @@ def make_plan(
         changes: For each call with three samples, and each of its tensor arguments and results: which positions on the
             sample axis change with each sample, ``(3, L)``; ``None`` where it is not known.
         unused: The numbers of calls whose results do not reach the loss.
-        sorts: For each product of sorted rows, the number of the sort whose order they have.
+        sorts: For each product of sorted rows and each look-up by them, the number of the sort whose order they have.
 
     Raises:
         PlanError: If the two runs made different calls.
@@ -49,14 +50,16 @@ def make_plan(
         if number in unused:
             builder.add_unused(number, large)
         elif sorts and number in sorts:
-            builder.add_grouped(number, large)
+            builder.add_sorted(number, large, sorts[number])
         else:
             builder.add(number, small, large, changes[number] if changes else None)
     builder.give_up_assigned(three.assigned)
     builder.give_up_hidden(two, three)
     steps, undecided = with_layouts(builder.steps, builder.changes, builder.results, loss)
-    order = tuple(sorts.values()) if sorts else ()
-    return Plan(tuple(steps), builder.uncovered, builder.roots, undecided, calls=tuple(builder.numbers), sorts=order)
+    groups = [sort for number, sort in (sorts or {}).items() if three.calls[number].function in GROUPED_PRODUCTS]
+    return Plan(
+        tuple(steps), builder.uncovered, builder.roots, undecided, calls=tuple(builder.numbers), sorts=tuple(groups)
+    )
 
 
 def _functions(trace: CallTrace) -> list[Any]:
@@ -93,17 +96,20 @@ class _Builder:
         if sources:
             self._note(number, Step(large.function, sources, "plain"), large, None)
 
-    def add_grouped(self, number: int, large: TracedCall) -> None:
-        """Add the step for a product of sorted rows with one matrix for each group.
+    def add_sorted(self, number: int, large: TracedCall, sort: int) -> None:
+        """Add the step for a product of sorted rows with one matrix for each group, or for a look-up by a number of each row.
 
         Raises:
-            PlanError: If other arguments than the matrices are parameters.
+            PlanError: If other arguments than the matrices or the table are parameters.
         """
+        is_grouped = large.function in GROUPED_PRODUCTS
         sources = _sources_of(large.inputs, self.sources)
-        if _sources_of(large.inputs[1:2], self.sources) != sources:
-            raise PlanError("no step covers a product of groups with these parameters")
+        if _sources_of(large.inputs[is_grouped : is_grouped + 1], self.sources) != sources:
+            raise PlanError("no step covers sorted rows with these parameters")
         if sources:
-            self._note(number, Step(large.function, sources, "grouped"), large, None)
+            self._note(
+                number, Step(large.function, sources, "grouped" if is_grouped else "looked_up", sort=sort), large, None
+            )
 
     def _note(self, number: int, step: Step, large: TracedCall, changes: Sequence[Tensor | None] | None) -> None:
         self.steps.append(step)

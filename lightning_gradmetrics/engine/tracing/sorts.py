@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = ["GROUPED_PRODUCTS", "SortedKeys", "keys_of_sort"]
 
@@ -45,5 +46,5 @@ def keys_of_sort(function: Any, args: Any, result: Any) -> SortedKeys | None:
     indices = result[1] if function in _SORTS else result
     if not args or not isinstance(args[0], Tensor) or args[0].ndim != 1:
         return None
-    with torch._C.DisableTorchFunction(), torch.no_grad():
+    with torch._C.DisableTorchFunction(), torch.no_grad(), _disable_current_modes():
         return SortedKeys(indices, args[0].detach()[indices])
