@@ -78,6 +78,20 @@ def test_results_that_do_not_reach_the_logits_are_ignored(stored) -> None:
     assert not model.kept.any()
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_results_without_memory_are_not_replaced() -> None:
+    """Derivatives of constants in forward mode are zeros without memory, which a write would end the process for."""
+    model = (
+        _Model(lambda model, x, hidden: torch.func.jvp(lambda z: z * model.scale, (x,), (x,))[1].mean(0))
+        .double()
+        .eval()
+    )
+    for _ in range(2):
+        x = torch.randn(4, WIDTH).double()
+        expected = gradient_statistics(model, x, "pseudo_label", engine="reference").norm(2)
+        assert torch.allclose(gradient_statistics(model, x, "pseudo_label").norm(2), expected, 1e-9, 1e-12)
+
+
 def _added(model, hidden, result):
     return hidden + model.gate(result)
 

@@ -187,5 +187,7 @@ class _Replaced(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _is_kept(tensor: Tensor) -> bool:
-    """Return whether a result keeps its values: indices must stay valid, and repeated entries cannot be set."""
-    return not tensor.is_floating_point() or torch._debug_has_internal_overlap(tensor) != 0
+    """Return whether a result keeps its values: indices must stay valid, and entries without memory or with shared memory cannot be set."""
+    if not tensor.is_floating_point() or tensor._is_zerotensor() or tensor.is_meta:
+        return True
+    return torch._debug_has_internal_overlap(tensor) != 0

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_gradmetrics.engine.tracing.calls import PLAIN_TYPES, tensors_in
 from lightning_gradmetrics.engine.tracing.masks import marks_of
 from lightning_gradmetrics.engine.tracing.outline import Recording
-from lightning_gradmetrics.engine.tracing.schema import Schema, schema_of
+from lightning_gradmetrics.engine.tracing.schema import Schema, schema_of, shows_memory
 
 __all__ = [
     "DependenceTrace",
@@ -85,7 +85,7 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         recording: The recording of torch functions that runs at the same time, if there is one.
 
     Attributes:
-        hides_memory: Whether a tensor has memory that its storage does not show, as sparse tensors and subclasses with parts have.
+        hides_memory: Whether a tensor has no memory that its storage shows: sparse ones, subclasses with parts, zeros of forward mode.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for tensor in tensors:
                 try:
                     storage = tensor.untyped_storage()
-                    self.hides_memory |= type(tensor).__torch_dispatch__ is not _PLAIN_DISPATCH
+                    self.hides_memory |= not shows_memory(tensor)
                 except RuntimeError:  # it has no storage
                     self.hides_memory = True
                     self._alive.append(tensor)
@@ -265,7 +265,6 @@ def _shapes(tensors: Iterable[Tensor]) -> tuple[tuple[int, ...], ...]:
 
 
 _SHAPE = Tensor.shape.__get__  # type: ignore[attr-defined]
-_PLAIN_DISPATCH = Tensor.__torch_dispatch__
 
 
 def _parted(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[Tensor]]:

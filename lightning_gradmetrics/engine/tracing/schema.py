@@ -8,10 +8,11 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_gradmetrics.classifier.tensor_records import written_arguments
 
-__all__ = ["Schema", "schema_of"]
+__all__ = ["Schema", "schema_of", "shows_memory"]
 
 
 @dataclass(frozen=True)
@@ -79,3 +80,11 @@ def _name(operator: Any) -> str:
     """Return the name of an operator, with its namespace if torch does not define it."""
     name: str = operator._overloadpacket.__name__
     return name if operator.namespace in ("aten", "prim", "prims") else f"{operator.namespace}::{name}"
+
+
+_PLAIN_DISPATCH = Tensor.__torch_dispatch__
+
+
+def shows_memory(tensor: Tensor) -> bool:
+    """Return whether a tensor's storage is all of its memory: not for subclasses with parts, and zeros of forward-mode derivatives."""
+    return type(tensor).__torch_dispatch__ is _PLAIN_DISPATCH and not tensor._is_zerotensor()
