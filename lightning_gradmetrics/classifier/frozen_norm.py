@@ -26,7 +26,10 @@ class _Frozen(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, *rest: Any) -> Tensor:
         bias, mean, variance, eps, cudnn, early = rest
         # With room for a product, the factor is computed only if a backward pass finds none.
-        ctx.save_for_backward(*((weight, variance) if early is not None else (_factor(weight, variance, eps),)))
+        if early is None:
+            ctx.save_for_backward(_factor(weight, variance, eps))
+        else:
+            ctx.save_for_backward(weight, variance)
         ctx.early, ctx.eps = early, eps
         return torch.batch_norm(x, weight, bias, mean, variance, False, 0.0, eps, cudnn)
 
@@ -35,7 +38,11 @@ class _Frozen(torch.autograd.Function):
         product = None if ctx.early is None else ctx.early.taken(gradient)
         if product is not None:
             return product, *[None] * 7
-        factor = ctx.saved_tensors[0] if ctx.early is None else _factor(*ctx.saved_tensors, ctx.eps)
+        if ctx.early is None:
+            (factor,) = ctx.saved_tensors
+        else:
+            weight, variance = ctx.saved_tensors
+            factor = _factor(weight, variance, ctx.eps)
         product = gradient * factor.view(1, -1, *[1] * (gradient.ndim - 2))
         return product if product.dtype == gradient.dtype else product.to(gradient.dtype), *[None] * 7
 
