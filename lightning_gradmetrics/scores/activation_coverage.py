@@ -56,13 +56,22 @@ class ActivationStates:
 
     layers: str
 
-    def __call__(self, model: nn.Module, inputs: Any) -> Tensor:
-        """Return for each channel the product of the two sums over all positions, and ``1 / (layers * channels)``."""
-        check_floats(inputs, "activation states")
+    def layers_read(self, model: nn.Module) -> list[nn.Module]:
+        """Return the layers whose outputs are read.
+
+        Raises:
+            ValueError: If the pattern matches no layer.
+        """
         chosen = [layer for name, layer in model.named_modules() if name and fnmatchcase(name, self.layers)]
         if not chosen:
             names = ", ".join(name for name, _ in model.named_children())
             raise ValueError(f"nac_ue: no layer matches layers={self.layers!r}; the model's parts are {names}")
+        return chosen
+
+    def __call__(self, model: nn.Module, inputs: Any) -> Tensor:
+        """Return for each channel the product of the two sums over all positions, and ``1 / (layers * channels)``."""
+        check_floats(inputs, "activation states")
+        chosen = self.layers_read(model)
         uniform = Objective.of("uniform").loss(None)
         with preserved(model), eager(), observing_outputs(chosen, keeps_outputs=True) as observed:
             leaf, logits = differentiable_logits(model, inputs, "activation states")

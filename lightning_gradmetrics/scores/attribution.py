@@ -16,6 +16,7 @@ from lightning_gradmetrics.classifier.input_gradients import check_floats, diffe
 from lightning_gradmetrics.engine.api import eager
 from lightning_gradmetrics.gradients.precision import at_least_float32
 from lightning_gradmetrics.scoring.evidence import Evidence
+from lightning_gradmetrics.scoring.layer_rows import rows_of_output
 from lightning_gradmetrics.scoring.registry import register
 
 __all__ = ["AttributionAverage", "AttributionDensity", "channels_last", "gaia", "observing_outputs"]
@@ -51,13 +52,21 @@ class SeenOutputs:
     gradients: dict[nn.Module, Tensor] = field(default_factory=dict)
     _seen: set[nn.Module] = field(default_factory=set)
 
-    def see(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Note the first output of a layer."""
-        if isinstance(output, Tensor) and output.requires_grad and module not in self._seen:
-            self._seen.add(module)
-            if self.keeps_outputs:
-                self.outputs[module] = output.detach().clone()  # an in-place ReLU may follow
-            output.register_hook(partial(self._keep, module))  # type: ignore[no-untyped-call]
+    def see(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Note the first output of a layer, and return it.
+
+        For a view, as of a linear layer with positions, this is another tensor with the same memory that is no view: hooks on a view are
+        lost when it is changed in place.
+        """
+        if not isinstance(output, Tensor) or not output.requires_grad or module in self._seen:
+            return output
+        self._seen.add(module)
+        if self.keeps_outputs:
+            self.outputs[module] = output.detach().clone()  # an in-place ReLU may follow
+        if output._is_view():
+            output = torch.ops.aten._unsafe_view(output, output.shape)
+        output.register_hook(partial(self._keep, module))
+        return output
 
     def _keep(self, module: nn.Module, gradient: Tensor) -> None:
         self.gradients[module] = gradient.detach()
@@ -75,16 +84,21 @@ def observing_outputs(layers: list[nn.Module], keeps_outputs: bool = False) -> I
 
 def channels_last(layer: nn.Module, values: Tensor, size: int) -> Tensor | None:
     """Return a layer's output, or a gradient of it, by positions and channels, ``(N, P, C)``; ``None`` without a sample axis."""
-    if not len(values) or len(values) % size:
+    rows = rows_of_output(layer, values, size)
+    if rows is None:
         return None
-    is_last = values.ndim < 3 or isinstance(layer, (nn.Linear, nn.LayerNorm))
-    by_channel = values if is_last else values.movedim(1, -1)
+    is_last = rows.ndim < 3 or isinstance(layer, (nn.Linear, nn.LayerNorm))
+    by_channel = rows if is_last else rows.movedim(1, -1)
     return at_least_float32(by_channel).reshape(size, -1, by_channel.shape[-1])
 
 
 @dataclass(frozen=True)
 class AttributionDensity:
     """A probe: the mean over all channels of the squared fraction of non-zero attribution gradients, ``(N,)``."""
+
+    def layers_read(self, model: nn.Module) -> list[nn.Module]:
+        """Return the layers whose outputs are read."""
+        return attributed_layers(model)
 
     def __call__(self, model: nn.Module, inputs: Any) -> Tensor:
         """Return the means."""
@@ -103,6 +117,10 @@ class AttributionDensity:
 @dataclass(frozen=True)
 class AttributionAverage:
     """A probe: GAIA-A, the inner over the output component of the mean attribution gradients, ``(N,)``."""
+
+    def layers_read(self, model: nn.Module) -> list[nn.Module]:
+        """Return the layers whose outputs are read."""
+        return attributed_layers(model)
 
     def __call__(self, model: nn.Module, inputs: Any) -> Tensor:
         """Return the quotients."""

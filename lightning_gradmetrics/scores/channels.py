@@ -14,8 +14,9 @@ from lightning_gradmetrics.classifier.forward import batch_size, call, preserved
 from lightning_gradmetrics.classifier.observation import arguments_of, whole_modules
 from lightning_gradmetrics.engine.api import eager
 from lightning_gradmetrics.gradients.precision import at_least_float32
+from lightning_gradmetrics.scoring.layer_rows import has_known_axes, rows_of_input
 
-__all__ = ["WIDTH", "ChannelProbe", "ChannelStatistics", "channels_of", "observing_channels"]
+__all__ = ["WIDTH", "ChannelProbe", "ChannelStatistics", "channels_of", "observing_channels", "weighted_layers"]
 
 WIDTH = 2048
 """Largest number of statistics per sample; those of wider models are reduced by random sums in each layer."""
@@ -28,19 +29,21 @@ def channels_of(layer: nn.Module, x: Tensor, size: int) -> Tensor | None:
 
     Args:
         layer: A convolution, whose channels are the second axis, or a linear layer, whose channels are the last.
-        x: Its input; the first axis holds the samples, or several consecutive rows per sample.
+        x: Its input; the axis of the samples is the first until another one was found, and may have several consecutive rows
+            per sample.
         size: The number of samples ``N``.
 
     Returns:
-        The statistics; ``None`` if the first axis is not a multiple of the number of samples.
+        The statistics; ``None`` if the input does not contain the samples.
 
     Example:
         >>> channels_of(nn.Linear(2, 3), torch.tensor([[[1.0, 0.0], [3.0, 0.0]]]), 1)
         tensor([[2., 0., 1., 0.]])
     """
-    if not len(x) or len(x) % size:
+    rows = rows_of_input(layer, x, size)
+    if rows is None:
         return None
-    values = x if isinstance(layer, nn.Linear) else x.movedim(1, -1)
+    values = rows if isinstance(layer, nn.Linear) else rows.movedim(1, -1)
     positions = at_least_float32(values.detach()).reshape(size, -1, values.shape[-1])
     return torch.cat([positions.mean(1), positions.std(1, correction=0)], 1)
 
@@ -56,6 +59,11 @@ def _sketched(statistics: Tensor, width: int) -> Tensor:
     return sketch
 
 
+def weighted_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the convolutions and linear layers of a model."""
+    return [layer for layer in model.modules() if isinstance(layer, WEIGHTED)]
+
+
 class ChannelStatistics:
     """The channel statistics of one forward pass.
 
@@ -66,12 +74,14 @@ class ChannelStatistics:
     def __init__(self, size: int) -> None:
         self.size = size
         self.by_layer: dict[nn.Module, Tensor] = {}
+        self.seen: set[nn.Module] = set()
 
     def see(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Record the statistics of a layer's first call."""
         layer_input = args[0] if args else next(iter(kwargs.values()), None)
-        if layer in self.by_layer or not isinstance(layer_input, Tensor) or not layer_input.is_floating_point():
+        if layer in self.seen or not isinstance(layer_input, Tensor) or not layer_input.is_floating_point():
             return
+        self.seen.add(layer)
         statistics = channels_of(layer, layer_input, self.size)
         if statistics is not None:
             self.by_layer[layer] = statistics
@@ -115,9 +125,8 @@ def observing_channels(model: nn.Module, size: int) -> Iterator[ChannelStatistic
     """
     statistics = ChannelStatistics(size)
     with ExitStack() as stack:
-        for layer in model.modules():
-            if isinstance(layer, WEIGHTED):
-                stack.callback(layer.register_forward_pre_hook(statistics.see, with_kwargs=True).remove)
+        for layer in weighted_layers(model):
+            stack.callback(layer.register_forward_pre_hook(statistics.see, with_kwargs=True).remove)
         yield statistics
 
 
@@ -141,9 +150,11 @@ class _Call:
         self.running -= 1
 
     def columns(self, size: int) -> Tensor | None:
-        """Return the statistics ``(N, F)``; ``None`` unless there was exactly one call, with this number of samples."""
+        """Return the statistics ``(N, F)``; ``None`` unless there was one call, with this number of samples and known axes."""
         is_complete = len(self.calls) == 1 and not self.running
         if not is_complete or self.calls[0].size != size or not self.calls[0].by_layer:
+            return None
+        if not all(has_known_axes(layer, size) for layer in self.calls[0].seen):
             return None
         return self.calls[0].columns
 
@@ -162,10 +173,13 @@ class ChannelProbe:
             for module in whole_modules(model):
                 stack.callback(module.register_forward_pre_hook(observed.start, with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(observed.end).remove)
-            for layer in model.modules():
-                if isinstance(layer, WEIGHTED):
-                    stack.callback(layer.register_forward_pre_hook(observed.see, with_kwargs=True).remove)
+            for layer in weighted_layers(model):
+                stack.callback(layer.register_forward_pre_hook(observed.see, with_kwargs=True).remove)
             yield observed.columns
+
+    def layers_read(self, model: nn.Module) -> list[nn.Module]:
+        """Return the layers whose inputs are read."""
+        return weighted_layers(model)
 
     def __call__(self, model: nn.Module, inputs: Any) -> Tensor:
         """Return the statistics by a forward pass."""

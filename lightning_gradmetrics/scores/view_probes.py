@@ -15,7 +15,7 @@ from lightning_gradmetrics.classifier.forward import batch_size, preserved
 from lightning_gradmetrics.classifier.input_gradients import check_floats
 from lightning_gradmetrics.engine.api import eager
 from lightning_gradmetrics.gradients.statistics import accumulator
-from lightning_gradmetrics.scores.channels import observing_channels
+from lightning_gradmetrics.scores.channels import observing_channels, weighted_layers
 from lightning_gradmetrics.scores.gradients import feature_norm
 from lightning_gradmetrics.scores.logits import energy
 from lightning_gradmetrics.scores.shifts import views_of
@@ -73,6 +73,10 @@ class ViewProbe(ABC):
     @abstractmethod
     def joined(self, values: Sequence[Tensor]) -> Tensor:
         """Return the probe's result from what it reads from each view."""
+
+    def layers_read(self, model: nn.Module) -> list[nn.Module]:
+        """Return the layers whose inputs are read."""
+        return weighted_layers(model) if self.channels else []
 
     @property
     def passes(self) -> ViewSet:

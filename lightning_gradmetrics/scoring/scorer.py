@@ -40,6 +40,7 @@ from lightning_gradmetrics.scoring.evidence_checks import (
     label_problem,
 )
 from lightning_gradmetrics.scoring.fitted import FittedScore
+from lightning_gradmetrics.scoring.layer_rows import MixedRowsError, find_sample_axes, has_known_axes
 from lightning_gradmetrics.scoring.logit_checks import check_logits, known_labels, not_per_position, two_columns
 from lightning_gradmetrics.scoring.positions import by_blocks
 from lightning_gradmetrics.scoring.registry import Score
@@ -116,6 +117,7 @@ class Scorer:
             self.check_labels(labels, batch.logits, batch.dataset)
         if needs.gradients or needs.probes:
             self._check_repeatable(model, batch)
+            self._find_sample_axes(model, batch, needs)
         gradients, probes = _gradients(self, needs, model, batch, labels), _probes(self, needs, model, batch)
         return Evidence(
             batch.logits, batch.features, labels, batch.ood, gradients, probes, head, batch.one_logit, batch.slope
@@ -201,6 +203,26 @@ class Scorer:
             check_first_rows(lambda: self._forward(model, batch, range(few), flags), batch.logits[:few], kind)
         except ValueError:
             self._check_forward(model, batch)
+            if not self._is_random(model, batch):
+                raise
+
+    def _find_sample_axes(self, model: nn.Module, batch: ObservedBatch, needs: Needs) -> None:
+        """Find the axes of the samples in the layers that probes read, before the first batch of three or more samples.
+
+        Raises:
+            MixedRowsError: If the rows of a layer are not those of the samples.
+        """
+        layers: list[nn.Module] = []
+        for probe in needs.probes:
+            read = getattr(probe, "layers_read", None)
+            layers += [] if read is None else read(model)
+        unknown = [layer for layer in dict.fromkeys(layers) if not has_known_axes(layer, batch.size)]
+        if not unknown:
+            return
+        flags = self._flags(model, batch)
+        try:
+            find_sample_axes(unknown, lambda samples: self._forward(model, batch, samples, flags), batch.size)
+        except MixedRowsError:
             if not self._is_random(model, batch):
                 raise
 
