@@ -73,14 +73,9 @@ def _with_samples_first(values: Tensor, axis: int | None, size: int) -> Tensor |
 
 
 class _Pass:
-    """The first input and output of each layer in a forward pass.
+    """The first input and output of each layer in a forward pass."""
 
-    Args:
-        size: The number of samples.
-    """
-
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self) -> None:
         self.tensors: dict[nn.Module, list[Tensor | None]] = {}
 
     def see(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -110,7 +105,7 @@ def find_sample_axes(layers: Sequence[nn.Module], forward: Callable[[Sequence[in
     """
     passes = []
     for count in (2, 3):
-        seen = _Pass(count)
+        seen = _Pass()
         with ExitStack() as stack:
             for layer in layers:
                 stack.callback(layer.register_forward_hook(seen.see, with_kwargs=True).remove)
