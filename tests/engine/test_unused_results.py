@@ -78,6 +78,19 @@ def test_results_that_do_not_reach_the_logits_are_ignored(stored) -> None:
     assert not model.kept.any()
 
 
+def test_results_that_a_model_stores_outside_itself_keep_their_values() -> None:
+    kept: list[Tensor] = []
+
+    def store(model: _Model, x: Tensor, hidden: Tensor) -> Tensor:
+        kept.append((hidden.detach().softmax(1).mean(0) / 2).sum().view(1))
+        return kept[-1]
+
+    gradient_statistics(_Model(store).double().eval(), torch.randn(5, WIDTH, dtype=torch.float64), "pseudo_label")
+    assert kept
+    for value in kept:
+        torch.testing.assert_close(value, torch.full_like(value, 0.5))
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_results_without_memory_are_not_replaced() -> None:
     """Derivatives of constants in forward mode are zeros without memory, which a write would end the process for."""

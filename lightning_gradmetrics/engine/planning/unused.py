@@ -111,7 +111,8 @@ def do_not_matter(
 ) -> bool:
     """Return whether the logits and the calls of a forward pass stay the same if unused results are replaced by large numbers.
 
-    This finds readers that no operation shows, such as other threads.
+    This finds readers that no operation shows, such as other threads. Results that the model stores outside itself get their own values
+    back.
 
     Args:
         task: Three samples.
@@ -121,7 +122,8 @@ def do_not_matter(
         logits: The logits.
         state: The state of the model before a forward pass.
     """
-    for value in _REPLACEMENTS:
+    originals: list[Tensor] = []
+    for value in (None, *_REPLACEMENTS):
         state.restore()
         replaced = _Replaced(operations.operations, unused, value)
         calls = CallTrace(task.parameters, keep=False)
@@ -132,7 +134,9 @@ def do_not_matter(
         except Exception:  # an operation may refuse such numbers
             return False
         finally:
+            replaced.put_back(originals)
             state.restore()
+        originals = originals or replaced.results
         is_complete = replaced.count == replaced.total and _functions(calls) == _functions(trace)
         if not is_complete or not close_rows(found.detach(), logits.detach()):
             return False
@@ -155,12 +159,13 @@ class _Replaced(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Args:
         operations: All operations.
         unused: The numbers of those.
-        value: The entries of their results.
+        value: The entries of their results; ``None`` to copy the results and replace nothing.
     """
 
-    def __init__(self, operations: Iterable[Operation], unused: Collection[int], value: float) -> None:
+    def __init__(self, operations: Iterable[Operation], unused: Collection[int], value: float | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._names, self._unused, self._value = [], unused, value
+        self.results: list[Tensor] = []
         self._numbers: list[int] = []
         for number, operation in enumerate(operations):
             if operation.name != "read":  # no operation, but a value that Python reads without one
@@ -181,9 +186,18 @@ class _Replaced(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise RuntimeError("another operation")
         if self._numbers[self.count] in self._unused:
             for tensor in itertools.filterfalse(_is_kept, tensors_in(result)):
-                tensor.fill_(self._value)
+                self.results.append(tensor.clone() if self._value is None else tensor)
+                if self._value is not None:
+                    tensor.fill_(self._value)
         self.count += 1
         return result
+
+    def put_back(self, originals: Iterable[Tensor]) -> None:
+        """Write the original values into the replaced results, in the order of the operations that made them."""
+        with torch.no_grad():
+            for tensor, original in zip(self.results, originals, strict=False):
+                if tensor.shape == original.shape:
+                    tensor.detach().copy_(original)
 
 
 def _is_kept(tensor: Tensor) -> bool:
