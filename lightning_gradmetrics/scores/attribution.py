@@ -92,13 +92,17 @@ def channels_last(layer: nn.Module, values: Tensor, size: int) -> Tensor | None:
     return at_least_float32(by_channel).reshape(size, -1, by_channel.shape[-1])
 
 
-@dataclass(frozen=True)
-class AttributionDensity:
-    """A probe: the mean over all channels of the squared fraction of non-zero attribution gradients, ``(N,)``."""
+class _AttributionProbe:
+    """The base of probes that read the outputs of attributed layers."""
 
     def layers_read(self, model: nn.Module) -> list[nn.Module]:
         """Return the layers whose outputs are read."""
         return attributed_layers(model)
+
+
+@dataclass(frozen=True)
+class AttributionDensity(_AttributionProbe):
+    """A probe: the mean over all channels of the squared fraction of non-zero attribution gradients, ``(N,)``."""
 
     def __call__(self, model: nn.Module, inputs: Any) -> Tensor:
         """Return the means."""
@@ -115,12 +119,8 @@ class AttributionDensity:
 
 
 @dataclass(frozen=True)
-class AttributionAverage:
+class AttributionAverage(_AttributionProbe):
     """A probe: GAIA-A, the inner over the output component of the mean attribution gradients, ``(N,)``."""
-
-    def layers_read(self, model: nn.Module) -> list[nn.Module]:
-        """Return the layers whose outputs are read."""
-        return attributed_layers(model)
 
     def __call__(self, model: nn.Module, inputs: Any) -> Tensor:
         """Return the quotients."""

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,6 +15,19 @@ from torch.utils.checkpoint import checkpoint
 from lightning_gradmetrics.engine import GradientStatistics
 
 Case = Callable[[], tuple[nn.Module, Tensor]]
+
+
+def _has_grouped_products() -> bool:
+    try:
+        torch._grouped_mm(torch.zeros(2, 8), torch.zeros(1, 8, 8), offs=torch.tensor([2], dtype=torch.int32))
+    except (AttributeError, RuntimeError):
+        return False
+    return True
+
+
+needs_grouped_products = pytest.mark.skipif(
+    not _has_grouped_products(), reason="this torch has no grouped products in float32"
+)
 
 
 class Recurrent(nn.Module):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import Tensor, nn
 
 from lightning_gradmetrics.engine import gradient_statistics
+from tests.engine.cases import needs_grouped_products
 
 EXPERTS, WIDTH = 3, 8
 
@@ -30,15 +30,7 @@ class _Experts(nn.Module):
         return logits
 
 
-def _has_grouped_products() -> bool:
-    try:
-        torch._grouped_mm(torch.zeros(2, 8), torch.zeros(1, 8, 8), offs=torch.tensor([2], dtype=torch.int32))
-    except (AttributeError, RuntimeError):
-        return False
-    return True
-
-
-@pytest.mark.skipif(not _has_grouped_products(), reason="this torch has no grouped products in float32")
+@needs_grouped_products
 def test_grouped_experts_are_exact_without_a_slow_way() -> None:
     torch.manual_seed(0)
     model = _Experts().eval()

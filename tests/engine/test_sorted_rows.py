@@ -12,21 +12,9 @@ from lightning_gradmetrics.engine.refusals import REFUSALS
 from lightning_gradmetrics.engine.tracing.dependence import DependenceTrace
 from lightning_gradmetrics.engine.tracing.outline import Outline, Recording
 from lightning_gradmetrics.engine.tracing.sorts import SortedKeys
+from tests.engine.cases import needs_grouped_products
 
 EXPERTS, WIDTH, CHOSEN = 4, 8, 2
-
-
-def _has_grouped_products() -> bool:
-    try:
-        torch._grouped_mm(torch.zeros(2, 8), torch.zeros(1, 8, 8), offs=torch.tensor([2], dtype=torch.int32))
-    except (AttributeError, RuntimeError):
-        return False
-    return True
-
-
-needs_grouped_products = pytest.mark.skipif(
-    not _has_grouped_products(), reason="this torch has no grouped products in float32"
-)
 
 
 class _Sorted:

@@ -93,8 +93,11 @@ class DirectPass(PathCheck):
         rule = held.rule
         values = bind(rule, args, kwargs) or {}
         version = values["input"]._version
-        args, kwargs = rule.made_dense(values, args, kwargs)
-        result: Tensor = held.step.function(*args, **kwargs) if held.run is None else held.run(values)
+        if held.run is None:
+            args, kwargs = rule.made_dense(values, args, kwargs)
+            result: Tensor = held.step.function(*args, **kwargs)
+        else:
+            result = held.run(rule.dense_values(values))
         self._held.append((held, values, version))
         if self._path.is_pure:  # a result that is changed in place must not be a leaf
             self._ends.append(result if result.requires_grad else result.requires_grad_())

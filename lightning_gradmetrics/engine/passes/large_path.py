@@ -74,9 +74,11 @@ class LargePass(DirectPass):
         if norm is not None:
             return self._fold(held, norm, values)
         result = self._in_layout(step.function, values)
-        if result is None:
+        if result is None and held.run is not None:
+            result = held.run(rule.dense_values(values))
+        elif result is None:
             args, kwargs = rule.made_dense(values, args, kwargs)
-            result = step.function(*args, **kwargs) if held.run is None else held.run(values)
+            result = step.function(*args, **kwargs)
         return self._hooked(held, values, result)
 
     def _in_layout(self, function: Any, values: dict[str, Any]) -> Tensor | None:

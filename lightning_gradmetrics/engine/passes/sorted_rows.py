@@ -51,7 +51,7 @@ class SortedRows(TracerState):
             self._expect(source)
         axis = Axis(0, len(values["owners"]) // self.size)
         call = Call(values, axis, axis, frozenset(slots))
-        result.register_hook(partial(self._grouped_gradient, rule, call, slots, values["input"]._version))  # type: ignore
+        result.register_hook(partial(self._grouped_gradient, rule, call, slots, values["input"]._version))  # type: ignore[no-untyped-call]
         return result
 
     def _require_plain_pass(self) -> None:

@@ -204,9 +204,10 @@ class Tracer(SortedRows):
 
     def _run_rule(self, step: Step, rule: Rule, values: dict[str, Any], args: Any, kwargs: Any) -> Tensor:
         """Return the result of a call, which always has a graph."""
+        if rule.run is not None and self._constant(values):
+            return self._rooted(step, rule.run(rule.dense_values(values)))
         args, kwargs = rule.made_dense(values, args, kwargs)
-        run = None if rule.run is None or not self._constant(values) else rule.run
-        return self._rooted(step, run(values) if run else step.function(*args, **kwargs))
+        return self._rooted(step, step.function(*args, **kwargs))
 
     def _fitted(self, axis: Axis, shape: Sequence[int]) -> Axis:
         """Return the axis with the number of positions per sample that a tensor has on it.

@@ -96,10 +96,17 @@ class Rule:
 
     def made_dense(self, values: dict[str, Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Return the arguments of a call, with a contiguous input if that is faster."""
-        x = values["input"]
-        if self.dense is None or x.is_contiguous() or not self.dense(values):
+        if not self._copies(values):
             return args, kwargs
+        x = values["input"]
         return map_arguments(partial(made_contiguous, x), args), map_arguments(partial(made_contiguous, x), kwargs)
+
+    def dense_values(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments by name, with a contiguous input if that is faster."""
+        return {**values, "input": values["input"].contiguous()} if self._copies(values) else values
+
+    def _copies(self, values: dict[str, Any]) -> bool:
+        return self.dense is not None and not values["input"].is_contiguous() and self.dense(values)
 
     def split(self, out: Axis, gradient: Tensor) -> Tensor:
         """Return the gradient of an output in the form that ``uses`` takes."""

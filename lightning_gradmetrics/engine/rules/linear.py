@@ -37,13 +37,11 @@ def _inner_axis(call: Call) -> bool:
 
 def _run_linear(values: dict[str, Any]) -> Tensor:
     x, weight, bias = values["input"], values["weight"], values.get("bias")
-    x = x.contiguous() if _has_positions(values) else x
     return onednn.linear(x, weight, bias) if onednn.computes(x, weight) else F.linear(x, weight, bias)
 
 
 def _run_product(values: dict[str, Any]) -> Tensor:
     x, weight = values["input"], values["weight"]
-    x = x.contiguous() if _has_positions(values) else x
     return onednn.linear(x, weight.t(), None) if onednn.computes(x, weight) else torch.matmul(x, weight)
 
 
