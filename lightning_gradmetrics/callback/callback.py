@@ -300,7 +300,7 @@ class GradientMetrics(Outcome, PixelOutcome, TextOutcome, RunHooks):
         context = trainer.precision_plugin.forward_context
         drawn, transfers = self._indices.of_loaders(counted.all), self._indices.transfers(trainer, module)
         ids = None if is_fit else self.sample_id
-        self._run = Run(made, model, drawn, transfers, roles, reader, context, ids, self.sample_axis)
+        self._run = Run(made, model, drawn, transfers, roles, reader, context, processes, ids, self.sample_axis)
 
     def _described(self, stage: str) -> dict[str, Any]:
         """Return the arguments that change the results, besides the scores and the model."""
@@ -326,7 +326,7 @@ class GradientMetrics(Outcome, PixelOutcome, TextOutcome, RunHooks):
             self.scorer.scores = tuple(fitted.get(score.name, score) for score in self.scorer.scores)
             return {}
         stage = run.stage
-        stage.warn_of_empty(processes)
+        stage.warn_of_empty(processes, run.skipped.of_datasets)
         with closing(stage.store):
             parts = processes.gather((processes.together(stage.store.share), stage.kept()))
             metrics = processes.from_first(lambda: self._evaluated(trainer, stage, run.roles, parts))

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from lightning_gradmetrics.callback.columns import SampleIds, sample_ids
 from lightning_gradmetrics.callback.drawn_indices import DrawnIndices
 from lightning_gradmetrics.callback.labels import BatchReader, ReadBatch
+from lightning_gradmetrics.callback.processes import Processes
+from lightning_gradmetrics.callback.skipped_batches import SkippedBatches
 from lightning_gradmetrics.callback.stages import ScoreStage, Stage
 from lightning_gradmetrics.callback.step_wrapper import around_next_call
 from lightning_gradmetrics.callback.transfers import HOOKS, Transfers
@@ -19,7 +21,7 @@ from lightning_gradmetrics.classifier.forward import check_model
 from lightning_gradmetrics.classifier.observation import Observation
 from lightning_gradmetrics.classifier.sample_axis import SampleAxis, samples_first
 from lightning_gradmetrics.language.observed_texts import ObservedTexts
-from lightning_gradmetrics.results.sample_index import UNKNOWN
+from lightning_gradmetrics.results.sample_index import UNKNOWN, Indices
 from lightning_gradmetrics.scoring.batch import ObservedBatch
 from lightning_gradmetrics.scoring.resizing import at_size
 from lightning_gradmetrics.scoring.step import StepObserver
@@ -52,6 +54,7 @@ class Run:
         roles: The role of each dataset.
         reader: Reads inputs and labels.
         surroundings: The context of the model's forward passes.
+        processes: The processes of the run.
         sample_id: Returns the id of each sample of a batch, or ``None``.
         sample_axis: The axis of the samples in the model's inputs.
     """
@@ -63,8 +66,10 @@ class Run:
     roles: Mapping[str, str]
     reader: BatchReader
     surroundings: Callable[[], AbstractContextManager[Any]]
+    processes: Processes
     sample_id: SampleIds | None = None
     sample_axis: SampleAxis = 0
+    skipped: SkippedBatches = field(init=False)
     _observer: StepObserver = field(init=False)
     _texts: ObservedTexts | None = field(default=None, init=False)
     _read: ReadBatch | None = None
@@ -76,6 +81,7 @@ class Run:
     def __post_init__(self) -> None:
         scorer = self.stage.scorer
         self._observer = StepObserver(scorer, self.model)
+        self.skipped = SkippedBatches(type(self.model).__name__, self.processes)
         of_texts = [score for score in scorer.scores if score.needs.of_texts]
         if of_texts and isinstance(self.stage, ScoreStage):
             self._texts = ObservedTexts(self.model, of_texts, scorer.head, scorer.engine)
@@ -119,11 +125,16 @@ class Run:
             return
         check_model(self.model)
         indices = self.drawn.of_batch(place, number)
-        if self.stage.skips(place, read.size if indices is None else len(indices), indices):
+        size = read.size if indices is None else len(indices)
+        if self.stage.skips(place, size, indices):
+            self.skipped.others += 1
             return
+        if self._observer.is_unseen(observation, read.inputs, self._stepped):
+            self._leave_out(place, number, size, indices)
+            return
+        self.skipped.others += 1
         with self.surroundings(), observation.surroundings(), ExitStack() as stack:
-            size = read.size if indices is None else len(indices)
-            observed = self._observer.batch(observation, read.inputs, size, self._stepped)
+            observed = self._observer.batch(observation, read.inputs, size)
             observed = self._placed(stack, observed)
             observed = self._ordered(self._completed(observed, read, observation, place), read, observation)
             evidence = self.stage.scorer.evidence(self.model, observed)
@@ -137,6 +148,13 @@ class Run:
         self.stage.add(place, observed, evidence, indices, ids)
         self._warn_of_unknown_index(place, moved)
         self._warn_of_repeats(place)
+
+    def _leave_out(self, place: int, number: int, size: int | None, indices: Indices | None) -> None:
+        """Count a batch whose step did not call the model, and go on with the index of the next one."""
+        rows = self.stage.rows[place]
+        self.transfers.moved(size or 0)
+        rows.index.take(size or 0, indices)
+        self.skipped.add(rows.dataset, number, size)
 
     def _placed(self, stack: ExitStack, batch: ObservedBatch) -> ObservedBatch:
         """Return the batch with the samples on the first axis of its inputs, where they stay until the stack is left."""
@@ -220,9 +238,14 @@ class Run:
             self._remove = None
 
     def finish(self) -> None:
-        """Stop observing, and compute all scores."""
+        """Stop observing, and compute all scores.
+
+        Raises:
+            ValueError: If no step called the model.
+        """
         self.stop()
         self.stage.settle()
+        self.skipped.finish()
 
     def close(self) -> None:
         """Stop observing, and end the stage."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -134,10 +134,10 @@ class ScoreStage:
         for number, source in enumerate(self.sources):
             source.join([kept_of_process[number] for kept_of_process in parts])
 
-    def warn_of_empty(self, processes: Processes) -> None:
-        """Warn about each dataset without a sample."""
+    def warn_of_empty(self, processes: Processes, skipped: Iterable[str] = ()) -> None:
+        """Warn about each dataset without a sample, except those of which batches were left out."""
         for rows in self.rows:
-            if not rows.added and rows.index.committed is None:
+            if not rows.added and rows.index.committed is None and rows.dataset not in skipped:
                 processes.warn(f"the dataloader {rows.dataset!r} returned no samples: it is not in the results")
 
     def close(self) -> None:

@@ -99,23 +99,32 @@ class StepObserver:
         """Run a forward pass on the inputs and return the observed batch."""
         return self.batch(self._run(inputs), inputs)
 
-    def batch(
-        self, seen: Observation, given: Inputs | None, size: int | None = None, stepped: nn.Module | None = None
-    ) -> ObservedBatch:
-        """Return the batch of an observed step.
+    def is_unseen(self, seen: Observation, given: Inputs | None, stepped: nn.Module | None) -> bool:
+        """Return whether the step did not call the model, nor a layer of it; compiled models may hide their calls.
+
+        Args:
+            seen: The observed calls.
+            given: The inputs in the batch.
+            stepped: The module whose step was observed; ``None`` for the model.
+        """
+        if seen.layers or seen.called is not None:
+            return False
+        return given is None or not (has_compiled_parts(stepped or self.model) or has_compiled_parts(self.model))
+
+    def batch(self, seen: Observation, given: Inputs | None, size: int | None = None) -> ObservedBatch:
+        """Return the batch of an observed step that called the model, if its calls can be observed.
 
         Args:
             seen: The observed calls.
             given: The inputs in the batch; used if the step does not call the model as a whole.
             size: The number of samples in the batch; used if the step calls the model several times.
-            stepped: The module whose step was observed; ``None`` for the model.
 
         Raises:
             HeadNotFoundError: If the head is needed and cannot be determined.
             ValueError: If it is ambiguous which calls of the step belong to the samples.
         """
         if not seen.layers and seen.called is None:
-            seen = self._unseen(given, stepped or self.model)
+            seen = self._unseen(given)
         if seen.called is None:
             batch = self._from_parts(seen, given, size)
         else:
@@ -257,14 +266,9 @@ class StepObserver:
         except Exception:  # the user's forward may not accept the batch
             return None
 
-    def _unseen(self, given: Inputs | None, stepped: nn.Module) -> Observation:
+    def _unseen(self, given: Inputs | None) -> Observation:
         """Run a forward pass because no call was observed in the step, as happens for compiled models."""
         kind = type(self.model).__name__
-        if given is None or not (has_compiled_parts(stepped) or has_compiled_parts(self.model)):
-            raise ValueError(
-                f"the step does not call {kind}, nor any of its layers, so its scores are unknown. Pass submodule=, the "
-                "part of the model that the step calls"
-            )
         warnings.warn(
             f"no call of {kind} was observed in the step, perhaps because it is compiled: the scores come from its "
             "forward with the inputs in the batch",

@@ -272,3 +272,25 @@ def test_a_network_that_is_not_registered() -> None:
 
     with pytest.raises(ValueError, match=r"no submodule with parameters. Register its network"):
         test_run(lgm.GradientMetrics("energy"), Hidden([mlp(5, 3)]), batches(numbers(8, 5), Y))  # type: ignore[arg-type]
+
+
+# Batches for which the step does not call the model
+
+
+@pytest.mark.filterwarnings("ignore:the step did not call Module")
+@pytest.mark.parametrize("skipped", [0, 1, 2])
+def test_batches_that_the_step_skips_are_counted_and_left_out(skipped: int) -> None:
+    net, x, numbered = mlp(5, 8, 3), numbers(12, 5), iter(range(3))
+
+    def step(module: Any, batch: Any) -> Any:
+        return None if next(numbered) == skipped else module(batch[0])
+
+    rows = [n for n in range(12) if n // 4 != skipped]
+    callback = lgm.GradientMetrics(NAMES)
+    with pytest.warns(
+        UserWarning, match=r"left out of the results: 1 batch of the dataset 'dataloader_0' \(4 samples\)"
+    ):
+        test_run(callback, stepped(step, net), batches(x, torch.arange(12) % 3))
+    assert callback.results["index"].to_pylist() == rows
+    assert callback.results["label"].to_pylist() == [n % 3 for n in rows]
+    assert_scores(callback, net, x[rows], NAMES)
