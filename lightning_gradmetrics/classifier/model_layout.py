@@ -6,7 +6,7 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache, partial
-from operator import is_, itemgetter
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -103,16 +103,17 @@ def _prefixes(model: nn.Module) -> dict[nn.Module, str]:
     return prefixes
 
 
-def _overrides(model: nn.Module, *names: str) -> bool:
-    kind = type(model)
-    return any(getattr(kind, name) is not getattr(nn.Module, name) for name in names)
+def _overrides(model: nn.Module, methods: attrgetter[Any]) -> bool:
+    return bool(methods(type(model)) != methods(nn.Module))
 
 
-_LISTING = ("modules", "named_modules", "named_parameters", "_named_members")  # methods that list a module's parts
+_LISTING_MODULES = attrgetter("modules", "named_modules")
+_LISTING_PARAMETERS = attrgetter("named_parameters", "_named_members", "named_modules")
+_LISTING = attrgetter("modules", "named_modules", "named_parameters", "_named_members")
 
 
 def _lists_modules_as_usual(model: nn.Module) -> bool:
-    return not _overrides(model, "modules", "named_modules")
+    return not _overrides(model, _LISTING_MODULES)
 
 
 def modules_of(model: nn.Module) -> Iterable[nn.Module]:
@@ -131,7 +132,7 @@ def named_parameters(model: nn.Module, prefixes: Mapping[nn.Module, str] | None 
         >>> list(named_parameters(nn.Sequential(nn.Linear(2, 3))))
         ['0.weight', '0.bias']
     """
-    if _overrides(model, "named_parameters", "_named_members", "named_modules"):
+    if _overrides(model, _LISTING_PARAMETERS):
         return dict(model.named_parameters())
     named: dict[int, tuple[str, nn.Parameter]] = {}  # the hash of a tensor is computed in Python
     for module, prefix in (prefixes or _prefixes(model)).items():
@@ -217,7 +218,7 @@ class ModelLayout:
         That requires attributes of plain values, no hooks, and little memory.
         """
         tensors, modules = [*self.parameters, *self.buffers], self.modules
-        is_plain = self._is_plain and not self._hooks and not _overrides(modules[0], *_LISTING)
+        is_plain = self._is_plain and not self._hooks and not _overrides(modules[0], _LISTING)
         if not is_plain or not all(map(is_ordinary, tensors)) or any(map(vars, tensors)):
             return False
         compared = _Comparison(modules, self._lists)
@@ -371,7 +372,7 @@ _chained = itertools.chain.from_iterable
 def layout_of(model: nn.Module) -> ModelLayout:
     """Return the present layout of a model, which is that of the last call if one pass over all dictionaries finds no other object."""
     known = _LAYOUTS.get(model)
-    if known is not None and known.is_current() and not _overrides(model, *_LISTING):
+    if known is not None and known.is_current() and not _overrides(model, _LISTING):
         return known
     layout = ModelLayout(model)
     if layout.remember():

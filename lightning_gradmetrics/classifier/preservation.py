@@ -17,13 +17,16 @@ from lightning_gradmetrics.classifier.tensor_records import (
     MemoryRecord,
     TensorRecord,
     TensorRecords,
-    has_read_gradient,
-    is_written,
     note_open,
     warn_of_late_writes,
+    with_read_gradients,
+    written_among,
 )
 
 __all__ = ["ModelRecord", "RandomState", "exclusive", "preserved"]
+
+_REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+_GRADIENT = Tensor.grad.__get__  # type: ignore[union-attr]
 
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _GUARD = threading.Lock()
@@ -112,13 +115,14 @@ class ModelRecord:
     def __init__(self, model: nn.Module) -> None:
         self.layout = layout_of(model)
         self.modules, self.parameters = self.layout.modules, self.layout.parameters
-        self._requirements = [(parameter.requires_grad, parameter.grad) for parameter in self.parameters]
+        self._flags = list(map(_REQUIRES_GRAD, self.parameters))
+        self._gradients = list(map(_GRADIENT, self.parameters))
         self.generators = RandomState(model)
         self._memory = MemoryRecord(self.layout.ordinary_parameters)
         self._values = TensorRecords(self.tensors())
-        self._written = list(map(TensorRecord, filter(is_written, self.parameters)))
+        self._written = list(map(TensorRecord, written_among(self.parameters)))
         self._shown: dict[int, tuple[Tensor, Tensor, TensorRecord]] = {}
-        for parameter in filter(has_read_gradient, self.parameters):
+        for parameter in with_read_gradients(self.parameters):
             self.show_gradient(parameter)
         note_open(model, self)
 
@@ -141,7 +145,7 @@ class ModelRecord:
 
         Only those that forward passes read stay, and are copied.
         """
-        for parameter, (_, gradient) in zip(self.parameters, self._requirements, strict=True):
+        for parameter, gradient in zip(self.parameters, self._gradients, strict=True):
             if gradient is None or gradient.dtype is not parameter.dtype:  # others could not be assigned again
                 continue
             if id(parameter) not in self._shown:
@@ -151,7 +155,7 @@ class ModelRecord:
         """Set the ``.grad`` of a parameter to that of this state, and store its values."""
         if id(parameter) in self._shown:
             return
-        for other, (_, gradient) in zip(self.parameters, self._requirements, strict=True):
+        for other, gradient in zip(self.parameters, self._gradients, strict=True):
             if other is parameter and gradient is not None:
                 parameter.grad = gradient
                 self._shown[id(parameter)] = parameter, gradient, TensorRecord(gradient)
@@ -160,16 +164,23 @@ class ModelRecord:
         """Set everything to this state."""
         warn_of_late_writes(self.modules[0], self._late_writes())
         self._restore_parameters()  # a gradient can only be assigned to a parameter of its type
-        for parameter, (requires_grad, gradient) in zip(self.parameters, self._requirements, strict=True):
-            if parameter.requires_grad != requires_grad:
-                parameter.requires_grad_(requires_grad)
-            if parameter.grad is not gradient:
-                parameter.grad = gradient
+        self._restore_flags()
         if not self.layout.is_current():
             self.added = self.layout.restore_registered()
             self.layout.restore()
         self._values.restore()
         self.generators.restore()
+
+    def _restore_flags(self) -> None:
+        """Set which parameters require gradients, and the gradients, to this state."""
+        if list(map(_REQUIRES_GRAD, self.parameters)) != self._flags:
+            for parameter, requires_grad in zip(self.parameters, self._flags, strict=True):
+                if parameter.requires_grad != requires_grad:
+                    parameter.requires_grad_(requires_grad)
+        if not all(map(is_, map(_GRADIENT, self.parameters), self._gradients)):
+            for parameter, gradient in zip(self.parameters, self._gradients, strict=True):
+                if parameter.grad is not gradient:
+                    parameter.grad = gradient
 
     def _late_writes(self) -> list[Tensor]:
         """Return the parameters that were changed in place and of which there are no copies."""

@@ -26,12 +26,13 @@ __all__ = [
     "TensorRecord",
     "TensorRecords",
     "first_pass_watched",
-    "has_read_gradient",
     "is_ordinary",
     "is_written",
     "note_open",
     "version_of",
     "warn_of_late_writes",
+    "with_read_gradients",
+    "written_among",
     "written_arguments",
 ]
 
@@ -229,9 +230,14 @@ def is_written(tensor: Tensor) -> bool:
     return bool(_WRITTEN) and tensor in _WRITTEN
 
 
-def has_read_gradient(parameter: Tensor) -> bool:
-    """Return whether a watched forward pass of its model has read the ``.grad`` of a parameter."""
-    return bool(_READ) and parameter in _READ
+def written_among(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return the parameters and other tensors of a model that a watched forward pass has changed in place."""
+    return list(filter(_WRITTEN.__contains__, tensors)) if _WRITTEN else []
+
+
+def with_read_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Return the parameters whose ``.grad`` a watched forward pass of their model has read."""
+    return list(filter(_READ.__contains__, parameters)) if _READ else []
 
 
 def version_of(tensor: Tensor) -> int:

@@ -64,8 +64,8 @@ def fill_by_plan(table: MomentTable, strategy: Strategy, checks: BatchChecks, st
         CoupledSamplesError: If samples depend on each other.
         PlanError: If the batch does not follow the plan.
     """
-    if table.task.size == 1 and needs_no_plan(table.task, strategy, checks.here):
-        collect_one_sample(table)
+    if strategy.plan is not None and table.task.size == 1 and needs_no_plan(table.task, strategy, checks.here):
+        collect_one_sample(table, strategy.plan)
         return
     batch = _PlannedBatch(table, strategy, checks, state)
     if not batch.fill_by_known_calls():

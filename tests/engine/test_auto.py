@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_gradmetrics.engine import auto, gradient_statistics, planned_batch
+from lightning_gradmetrics.engine.passes.gather import MomentTable
 from lightning_gradmetrics.gradients.statistics import STATISTICS
 from tests.engine.cases import CASES, Packed, made, worst_difference
 
@@ -71,6 +72,17 @@ def test_one_sample_of_a_proven_model_needs_an_ordinary_backward_pass_only(name,
     assert worst_difference(found, _statistics(model, x[3:4], "reference")) < 1e-9
     assert not frozen.requires_grad and bool((frozen.grad == 1).all())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in list(model.parameters())[1:])
+
+
+def test_all_gradients_of_one_sample_are_reduced_together(monkeypatch):
+    model, x = made("tied")
+    for size in (5, 1):
+        gradient_statistics(model, x[:size], ["pseudo_label", "uniform"])
+    monkeypatch.setattr(MomentTable, "add", lambda *_: pytest.fail("a gradient was added alone"))
+    found = gradient_statistics(model, x[2:3], ["pseudo_label", "uniform"])
+    expected = gradient_statistics(model, x[2:3], ["pseudo_label", "uniform"], engine="reference")
+    for own, other in zip(found, expected, strict=True):
+        assert worst_difference(own, other) < 1e-9
 
 
 @pytest.mark.parametrize("names", [("3.weight", "3.bias", "unused"), ("unused",)])

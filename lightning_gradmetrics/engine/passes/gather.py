@@ -98,6 +98,14 @@ class MomentTable:
         else:
             self._waiting[-1][name] = use.moments(self.task.wanted)
 
+    def add_all(self, rows: Tensor) -> bool:
+        """Add the gradients ``(N, D)`` of all parameters, if only moments over all of them are read; return False if that fails."""
+        segments, undo = Segments(self.task.wanted), None if self._scaled else self.scales[-1]
+        if not segments.add("", (rows, None)):
+            return False
+        self._statistics[len(self.scales) - 1] = segments.statistics([""], undo, merged=True)
+        return True
+
     def finish(self, merged: bool = False) -> None:
         """Write all parameters' moments into the table and undo the scales.
 

@@ -104,6 +104,7 @@ class Plan:
         masks: For each mask that selects rows, in order, how many entries of each sample it marks; ``None`` if it is the same for
             all batches.
         sorts: For each product of groups of sorted rows, in order, the number of the sort; only a proof shows this order.
+        normalises_images: Whether a batch norm gets an input with more axes than samples, channels and one of positions.
     """
 
     steps: tuple[Step, ...]
@@ -117,6 +118,7 @@ class Plan:
     lays_out: bool = False
     masks: tuple[int | None, ...] = ()
     sorts: tuple[int, ...] = ()
+    normalises_images: bool = True
 
     @property
     def changes_layers(self) -> bool:

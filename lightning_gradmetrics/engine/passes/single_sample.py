@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from operator import attrgetter
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_gradmetrics.engine.kernels.segments import LARGEST
 from lightning_gradmetrics.engine.passes.gather import MomentTable
 from lightning_gradmetrics.engine.passes.plan import Plan
 from lightning_gradmetrics.engine.passes.strategy import Strategy, freeze
@@ -26,7 +27,7 @@ MOST_TABLE_ENTRIES = 2**18
 
 _EXACT = frozenset([torch.float32, torch.float64])
 
-_TYPE, _DEVICE = attrgetter("dtype"), attrgetter("device.type")
+_TYPE, _DEVICE, _KIND = attrgetter("dtype"), attrgetter("device.type"), attrgetter("dtype", "device", "layout")
 
 
 def needs_no_plan(task: Task, strategy: Strategy, here: tuple[Hashable, int]) -> bool:
@@ -48,13 +49,16 @@ def needs_no_plan(task: Task, strategy: Strategy, here: tuple[Hashable, int]) ->
     for _, is_covered in verified.values():
         if not is_covered:
             return False
-    return _are_gradients_small(task, plan)
+    if strategy.has_small_gradients is None:  # the same for all tasks of a strategy: they have one kind
+        strategy.has_small_gradients = _are_gradients_small(task, plan)
+    return strategy.has_small_gradients
 
 
 def _are_gradients_small(task: Task, plan: Plan) -> bool:
-    """Return whether all gradients are in full precision, and can be stored together."""
+    """Return whether all gradients are in full precision and on one type of device, and can be stored together."""
     chosen = task.parameters.values()
-    if not _EXACT.issuperset(map(_TYPE, chosen)) or any(map(torch.is_autocast_enabled, set(map(_DEVICE, chosen)))):
+    devices = set(map(_DEVICE, chosen))
+    if not _EXACT.issuperset(map(_TYPE, chosen)) or len(devices) > 1 or any(map(torch.is_autocast_enabled, devices)):
         return False
     sizes = dict(zip(task.parameters, map(Tensor.numel, chosen), strict=True))
     return sum(sizes.values()) <= MOST_ENTRIES and _table_entries(plan, sizes) <= MOST_TABLE_ENTRIES
@@ -72,14 +76,20 @@ def _table_entries(plan: Plan, sizes: Mapping[str, int]) -> int:
     return total
 
 
-def collect_one_sample(table: MomentTable) -> None:
-    """Fill a table by an ordinary forward pass, and one ordinary backward pass per objective."""
+def collect_one_sample(table: MomentTable, plan: Plan) -> None:
+    """Fill a table by an ordinary forward pass, and one ordinary backward pass per objective.
+
+    Args:
+        table: The table of the batch.
+        plan: The plan of the model.
+    """
     task = table.task
     parameters = list(task.parameters.values())
     freeze(task)
     for parameter in parameters:
         parameter.requires_grad_(True)
-    logits = task.forward()
+    # Only the gradients of batch norms of images need the function mode of `forward`.
+    logits = task.forward() if plan.normalises_images else task.logits_of(task.inputs, 1)
     scaled = [task.unit_gradient(index, logits) for index in range(len(task.objectives))]
     for index, (gradient, undo) in enumerate(scaled):
         table.begin(index, undo)
@@ -87,7 +97,26 @@ def collect_one_sample(table: MomentTable) -> None:
             continue
         is_last = index == len(scaled) - 1
         gradients = gradients_at(logits, [*parameters, *ends_of_group_norms(logits)], gradient, not is_last)
-        for name, of_parameter in zip(task.parameters, gradients[: len(parameters)], strict=True):
-            if of_parameter is not None:
-                table.add(name, RowsUse(of_parameter.to_dense().reshape(1, -1)))
+        _add_gradients(table, gradients[: len(parameters)])
     table.finish()
+
+
+def _add_gradients(table: MomentTable, gradients: Sequence[Tensor | None]) -> None:
+    """Add the gradients of all parameters to a table, as one row if only moments over all parameters are read."""
+    if table.task.merged:
+        row = _joined(gradients)
+        if row is not None and table.add_all(row):
+            return
+    for name, gradient in zip(table.task.parameters, gradients, strict=True):
+        if gradient is not None:
+            table.add(name, RowsUse(gradient.to_dense().reshape(1, -1)))
+
+
+def _joined(gradients: Sequence[Tensor | None]) -> Tensor | None:
+    """Return the entries of all gradients, ``(1, D)``; ``None`` if they are many, or not dense and of one type and device."""
+    present = [gradient for gradient in gradients if gradient is not None]
+    kinds = set(map(_KIND, present))
+    is_possible = len(present) == len(gradients) and len(kinds) == 1 and present[0].layout is torch.strided
+    if not is_possible or sum(map(Tensor.numel, present)) > LARGEST:
+        return None
+    return torch._C._nn.flatten_dense_tensors(present)[None]  # type: ignore[attr-defined, no-any-return]

@@ -92,6 +92,7 @@ class Strategy:
         turn: Counts the batches of which one sample was checked, so that each batch checks another one.
         paths: For combinations of input shapes and batch size, the calls of the forward pass.
         pauses: For those without a known path, the number of batches before one is recorded, and the length of the pause.
+        has_small_gradients: Whether all gradients of one sample can be stored together; ``None`` if it is not known.
     """
 
     plan: Plan | None
@@ -119,6 +120,7 @@ class Strategy:
     turn: int = 0
     paths: dict[tuple[Any, int], KnownPath] = field(default_factory=dict)
     pauses: dict[tuple[Any, int], tuple[int, int]] = field(default_factory=dict)
+    has_small_gradients: bool | None = None
 
     def recorder(self, task: Task, here: tuple[Any, int]) -> PathRecorder | None:
         """Return a recorder for a batch, if earlier batches of its shapes made calls that the proof covers, and no pause holds.

@@ -26,6 +26,7 @@ from lightning_gradmetrics.engine.refusals import coupled_model, not_reproducibl
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.engine.tracing.dependence import (
     DependenceTrace,
+    Operation,
     reads_activations,
     uses_totals,
 )
@@ -142,6 +143,7 @@ def probe_model(task: Task) -> Probe:
         lays_out = sizes is not None and not random and can_lay_out(plan, large, many)
         selects = has_repeated_selects(large)
         plan = replace(plan, reads=reads, masks=masks, folds=folds, lays_out=lays_out, selects=selects)
+        plan = replace(plan, normalises_images=any(map(_normalises_images, many.operations)))
     activations = found.reads_inside or reads_activations(many.operations)
     alone = "a number computed from all samples enters the forward pass" if uses_totals(found.operations[1]) else ""
     if outline_of_three.has_hooks:
@@ -150,6 +152,10 @@ def probe_model(task: Task) -> Probe:
     seen = activations, alone, layouts is not None, found.mixes, reads, sizes, random, large.pauses_gradients
     names = frozenset(operation.name for operation in many.operations)
     return Probe(three, logits, after, plan, reason, *seen, size, parts, names)
+
+
+def _normalises_images(operation: Operation) -> bool:
+    return "batch_norm" in operation.name and max(map(len, operation.inputs), default=0) > 3
 
 
 def _one_position_each(small: CallTrace, large: CallTrace, meeting: Collection[int]) -> bool:
