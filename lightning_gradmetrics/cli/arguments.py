@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from lightning_gradmetrics.cli.configuration import option_names
@@ -60,7 +61,10 @@ def _check_scores(arguments: Sequence[str]) -> None:
     known = option_names("score")
     for argument in arguments:
         key, _, value = argument.partition("=")
-        if key != "score" or any(letter in value for letter in "${(:"):
+        if key != "score":
+            continue
+        _refuse_calls(value, known)
+        if any(letter in value for letter in "${(:"):
             continue
         names = value.strip("[] ").split(",")
         if names == [""]:
@@ -68,6 +72,16 @@ def _check_scores(arguments: Sequence[str]) -> None:
         for name in names:
             if name.strip(" '\"") not in known:
                 raise UsageError(unknown_name("score", name.strip(), known))
+
+
+def _refuse_calls(value: str, known: Iterable[str]) -> None:
+    """Refuse ``name(argument=value)``, which is a score in Python and not one in a configuration."""
+    for name in re.findall(r"(\w+)\(", value):
+        if name in known:
+            raise UsageError(
+                f"score {value!r}: arguments are separate settings of the command, as in score={name} score.{name}.ARGUMENT=VALUE; a second "
+                f"variant of the score is '+score.NAME={{_target_:lightning_gradmetrics.scores.{name},ARGUMENT:VALUE}}'"
+            )
 
 
 def own_factories(arguments: Sequence[str]) -> list[str]:

@@ -98,19 +98,24 @@ def read_runs(folders: Sequence[Path]) -> dict[Path, list[Row]]:
     A score whose arguments differ between the runs has them in its name.
 
     Args:
-        folders: Run directories, or directories that contain run directories, such as those of a sweep.
+        folders: Run directories, or directories that contain run directories, such as those of a sweep. Files with other
+            columns are left out with a notice: Lightning's ``CSVLogger`` writes a ``metrics.csv`` too.
 
     Raises:
         UsageError: If a directory contains no run, or there are fewer than two runs.
     """
     runs: dict[Path, list[Row]] = {}
     for folder in folders:
-        files = sorted(folder.rglob("metrics.csv"))
-        if not files:
-            raise UsageError(f"no run in {str(folder)!r}: a run directory contains metrics.csv")
-        for file in files:
+        found = False
+        for file in sorted(folder.rglob("metrics.csv")):
             with file.open(newline="", encoding="utf-8") as lines:
-                runs[file.parent] = list(csv.DictReader(lines))
+                reader = csv.DictReader(lines)
+                if {*KEYS, "fit", "value"} <= set(reader.fieldnames or ()):
+                    runs[file.parent], found = list(reader), True
+                else:
+                    notice(f"left out, because it is not the metrics.csv of a run: {shown_path(file)}")
+        if not found:
+            raise UsageError(f"no run in {str(folder)!r}: a run directory contains metrics.csv")
     if len(runs) < 2:
         raise UsageError(f"found {len(runs)} run, but a comparison needs at least 2; {USAGE}")
     return with_settings(runs)

@@ -109,6 +109,16 @@ def test_mistakes(runs: Path, command: Command, arguments: list[str], words: str
     assert done.returncode == 1 and words in done.stderr
 
 
+def test_files_of_other_programs_are_left_out(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = runs / "lightning_logs" / "version_0"
+    other.mkdir(parents=True)
+    (other / "metrics.csv").write_text("epoch,step,train_loss\n0,1,0.5\n")  # as Lightning's CSVLogger writes
+    assert other not in read_runs([runs])
+    assert "lightning_logs/version_0/metrics.csv" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="no run in"):
+        read_runs([runs / "lightning_logs"])
+
+
 def test_runs_that_do_not_exist(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no run in"):
         read_runs([tmp_path])

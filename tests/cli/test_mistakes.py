@@ -18,6 +18,7 @@ from tests.cli.conftest import Command
 
 CASES = [
     (["score=[gradnrom]"], "unknown score 'gradnrom'; did you mean 'gradnorm'"),
+    (["score=gradnorm(target=all)"], "as in score=gradnorm score.gradnorm.ARGUMENT=VALUE"),
     (["bacth_size=3"], "unknown key 'bacth_size'; did you mean 'batch_size'"),
     (["data=image_folders", "data.sze=3"], "unknown key 'data.sze'; did you mean 'data.size'"),
     (
