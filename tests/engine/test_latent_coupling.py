@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -29,6 +30,34 @@ def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
 _after_large.register_autograd(
     lambda ctx, gradient: (gradient * (1 + (ctx.saved_tensors[0].roll(1, 0)[:, :1] > 6)), None), setup_context=_save
 )
+
+
+def _mean_gate(x: Tensor) -> Tensor:
+    """A gate that one sample of a batch alone opens, but not in the batch."""
+    return 1 + F.relu(x[:, :1].mean(0) - 6)
+
+
+def _in_thread(function: Any) -> Any:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
+class _GatedBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return hidden.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        return gradient * _mean_gate(ctx.saved_tensors[0]), None
+
+
+class _NumpyBackward(_GatedBackward):
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        gate = _mean_gate(ctx.saved_tensors[0]).numpy()
+        return torch.from_numpy(gradient.numpy() * gate), None
 
 
 class _Gated(nn.Module):
@@ -59,13 +88,33 @@ class _Gated(nn.Module):
         """An operation of another library couples the samples."""
         return _after_large(hidden, x)
 
+    def other_thread(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """Another thread, whose operations are not traced, computes a gate that opens for a sample alone."""
+        return hidden * _in_thread(lambda: _mean_gate(x))
+
+    def other_thread_in_place(self, x: Tensor, hidden: Tensor) -> Tensor:
+        hidden = hidden.clone()
+        _in_thread(lambda: hidden.mul_(_mean_gate(x)))
+        return hidden
+
+    def backward(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """The gate is in the backward pass only."""
+        return _GatedBackward.apply(hidden, x)  # type: ignore[no-any-return, no-untyped-call]
+
+    def backward_of_numpy(self, x: Tensor, hidden: Tensor) -> Tensor:
+        return _NumpyBackward.apply(hidden, x)  # type: ignore[no-any-return, no-untyped-call]
+
     def duplicates(self, x: Tensor, hidden: Tensor) -> Tensor:
         """Each sample is averaged with its duplicates."""
         alike = (torch.cdist(x, x) < 1e-2).to(x.dtype)
         return alike @ hidden / alike.sum(1, keepdim=True)
 
 
-@pytest.mark.parametrize("kind", ["neighbours", "cumulated", "duplicates", "unknown", "first_features", "regrouped"])
+_KINDS = ("neighbours", "cumulated", "duplicates", "unknown", "first_features", "regrouped", "other_thread")
+
+
+@pytest.mark.filterwarnings("ignore:no fast rule")
+@pytest.mark.parametrize("kind", [*_KINDS, "other_thread_in_place"])
 def test_a_coupling_of_few_samples_that_a_later_batch_shows_is_refused(kind: str) -> None:
     """Its operation is seen on the probe, whose values do not show it."""
     torch.manual_seed(0)
@@ -78,6 +127,19 @@ def test_a_coupling_of_few_samples_that_a_later_batch_shows_is_refused(kind: str
         rare[14, 0] = 9.0
     with pytest.raises(ValueError, match="depend on each other"):
         lgm.gradient_statistics(model, rare, "pseudo_label")
+
+
+@pytest.mark.filterwarnings("ignore:no fast rule")
+@pytest.mark.parametrize("kind", ["backward", "backward_of_numpy"])
+def test_code_of_the_user_in_a_backward_pass_gets_one_sample_if_it_may_combine_them(kind: str) -> None:
+    model = _Gated(kind).double().eval()
+    for size in (3, SIZE, SIZE):
+        x = torch.randn(size, D, dtype=torch.float64)
+        lgm.gradient_statistics(model, x, "pseudo_label")
+    x[11, 0] = 9.0
+    found = lgm.gradient_statistics(model, x, "pseudo_label").norm(2)
+    expected = lgm.gradient_statistics(model, x, "pseudo_label", engine="reference").norm(2)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.filterwarnings("ignore:no fast rule", "ignore:.* is not compiled")

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lightning_gradmetrics.engine.planning.mixing import mixes_samples
+from lightning_gradmetrics.engine.planning.mixing import has_hidden_results, mixes_samples
 from lightning_gradmetrics.engine.planning.planned_values import planned_masks
 from lightning_gradmetrics.engine.planning.separability import Proof, proof_of
 from lightning_gradmetrics.engine.planning.unused import do_not_matter, unused_calls, unused_operations
@@ -110,9 +110,10 @@ def _findings(two: Traced, three: Traced, unused: Collection[int]) -> Findings:
     reason = choice_by_data(*operations, strict=False)
     proof = Proof(None, False, {}) if reason else proof_of(*operations, many.samples, end)
     masks = planned_masks(three.calls, many, operations[1])
-    layouts = None if reads_inside or masks is None else proof.layouts
-    mixes = False
+    hidden = has_hidden_results(two.operations, many, three.calls.calls, three.logits)
+    layouts = None if hidden or reads_inside or masks is None else proof.layouts
+    mixes = hidden
     if layouts is None:
         reason = choice_by_data(*operations)
-        mixes = not reason and (proof.regroups or mixes_samples(*operations, end))
+        mixes = hidden or (not reason and (proof.regroups or mixes_samples(*operations, end)))
     return Findings(operations, selection, reads_inside, layouts, masks or (), reason, mixes, proof.sorted)

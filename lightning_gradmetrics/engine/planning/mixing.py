@@ -7,13 +7,45 @@ have some. The shapes of two traces reveal it without its values.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from lightning_gradmetrics.engine.tracing.dependence import SAMPLES, Operation
-from lightning_gradmetrics.engine.tracing.layouts import Shape
+from torch import Tensor
 
-__all__ = ["is_of_torch", "mixes_samples"]
+from lightning_gradmetrics.engine.tracing.calls import tensors_in
+from lightning_gradmetrics.engine.tracing.dependence import SAMPLES, DependenceTrace, Operation
+from lightning_gradmetrics.engine.tracing.layouts import Shape
+from lightning_gradmetrics.engine.tracing.origins import FIRST_USES
+from lightning_gradmetrics.engine.tracing.trace import TracedCall
+
+__all__ = ["has_hidden_results", "is_of_torch", "mixed_results", "mixes_samples"]
+
+
+def has_hidden_results(
+    two: DependenceTrace, three: DependenceTrace, calls: Iterable[TracedCall], logits: Tensor
+) -> bool:
+    """Return whether code that is not traced, as that of another thread, computes a tensor of the forward pass.
+
+    It is unknown whether such code combines samples. Constants that a model keeps are not results: they have the same memory in both
+    forward passes, and their shape does not depend on the number of samples. Nor are tensors that a call of torch returns without an
+    operation, as ``from_numpy`` does.
+
+    Args:
+        two: The operations with two samples.
+        three: The operations with three samples.
+        calls: The calls of torch functions with three samples.
+        logits: The logits of three samples.
+    """
+    if three.origins.changed or not three.origins.made.issuperset(three.memory_of([logits])):
+        return True
+    strangers, kept = three.origins.strangers, set(two.origins.strangers.values())
+    if strangers:
+        kept.update(three.memory_of(tensors_in([call.result for call in calls])))
+    for small, large in zip(two.operations, three.operations, strict=False):
+        for serial, before, after in zip(large.input_serials, small.inputs, large.inputs, strict=False):
+            if serial in strangers and (before != after or strangers[serial] not in kept):
+                return True
+    return False
 
 
 def mixes_samples(two: Sequence[Operation], three: Sequence[Operation], logits: int) -> bool:
@@ -28,6 +60,25 @@ def mixes_samples(two: Sequence[Operation], three: Sequence[Operation], logits: 
     for small, large in zip(two, three, strict=True):
         search.add(small, large)
     return logits in search.mixed
+
+
+def mixed_results(two: Sequence[Operation], three: Sequence[Operation], unknown: Collection[int]) -> set[int]:
+    """Return the serial numbers of the results that depend on an operation along the sample axis, or on unknown tensors with samples.
+
+    Args:
+        two: Operations with two samples.
+        three: The same operations with three samples.
+        unknown: The serial numbers of tensors of unknown origin.
+    """
+    search = _Search()
+    for small, large in zip(two, three, strict=True):
+        for serial, before, after in zip(large.input_serials, small.inputs, large.inputs, strict=False):
+            if serial in unknown and before != after:
+                search.mixed.add(serial)
+        search.add(small, large)
+        if large.name in FIRST_USES and small.outputs != large.outputs:
+            search.mixed.update(large.output_serials)
+    return search.mixed
 
 
 @dataclass

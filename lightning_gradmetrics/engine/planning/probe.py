@@ -16,6 +16,7 @@ from lightning_gradmetrics.engine.kernels.operators import traced_operators
 from lightning_gradmetrics.engine.passes.folding import can_lay_out, find_folds
 from lightning_gradmetrics.engine.passes.plan import Plan, PlanError
 from lightning_gradmetrics.engine.passes.selects import has_repeated_selects
+from lightning_gradmetrics.engine.planning.backward_code import MAY_COMBINE, may_combine_samples
 from lightning_gradmetrics.engine.planning.findings import Traced, findings_of, without_proof
 from lightning_gradmetrics.engine.planning.planned_sorts import has_groups, planned_sorts
 from lightning_gradmetrics.engine.planning.planned_values import planned_reads
@@ -148,6 +149,8 @@ def probe_model(task: Task) -> Probe:
     alone = "a number computed from all samples enters the forward pass" if uses_totals(found.operations[1]) else ""
     if outline_of_three.has_hooks:
         alone = HOOKS
+    elif not random and may_combine_samples(two, traced, list(three.parameters.values())):
+        alone = MAY_COMBINE
     parts, size = parts_of_batch(task, two.logits, logits), large.bytes() // 3 + 1
     seen = activations, alone, layouts is not None, found.mixes, reads, sizes, random, large.pauses_gradients
     names = frozenset(operation.name for operation in many.operations)

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_gradmetrics.engine.tracing.calls import PLAIN_TYPES, tensors_in
-from lightning_gradmetrics.engine.tracing.masks import marks_of
+from lightning_gradmetrics.engine.tracing.masks import mask_marks
+from lightning_gradmetrics.engine.tracing.origins import Origins
 from lightning_gradmetrics.engine.tracing.outline import Recording
-from lightning_gradmetrics.engine.tracing.schema import Schema, schema_of, shows_memory
+from lightning_gradmetrics.engine.tracing.schema import Schema, keeps_entries, schema_of, shows_memory
 
 __all__ = [
     "DependenceTrace",
@@ -86,6 +87,7 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Attributes:
         hides_memory: Whether a tensor has no memory that its storage shows: sparse ones, subclasses with parts, zeros of forward mode.
+        origins: Which tensors are results of the operations.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.samples = list(map(self.serial, samples))
         for bit, tensors in ((SAMPLES, samples), (WEIGHTS, weights)):
             self._add(tensors, bit)
+        self.origins = Origins(self._bits)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -154,14 +157,15 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         arguments = schema.bind(args, kwargs)
         plain, tensors = _parted(arguments)
         memory = self.memory_of(tensors)
+        self.origins.read(schema.name, map(self.serial, tensors), memory)
         bits = self._bits_of(memory)
         if schema.is_random:
             bits |= SAMPLES
         shapes = _shapes(tensors)
         chosen, by_data, read = self._choices(schema, bits, arguments, tensors)
         if schema.name in _STRIDED:
-            plain["keeps_entries"] = _keeps_entries(arguments)
-        marks = _marks(schema.name, arguments) if by_data else ()
+            plain["keeps_entries"] = keeps_entries(arguments)
+        marks = mask_marks(schema.name, arguments) if by_data else ()
         result = func(*args, **kwargs)
         outputs, written = list(tensors_in(result)), []
         if schema.written:  # such an operation may replace the memory of a tensor
@@ -170,6 +174,9 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if bits:
             self._add((*outputs, *written), bits)
         made = self.memory_of(outputs)
+        self.origins.made.update(made)
+        written_memory = self.memory_of(written) if written else ()
+        self.origins.watch(list(zip(memory, tensors, strict=True)), zip(made, outputs, strict=True), written_memory)
         operation = Operation(
             schema.name,
             bits,
@@ -184,12 +191,16 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             schema.pointwise,
             self._recording is not None and self._recording.depth == 0,
             memory,
-            self.memory_of(written) if written else (),
+            written_memory,
             marks,
             made,
         )
         self.operations.append(operation)
         return result
+
+    def note_samples(self, tensors: Iterable[Tensor]) -> None:
+        """Record that tensors depend on samples."""
+        self._add(tensors, SAMPLES)
 
     def serial(self, tensor: Tensor) -> int:
         """Return the serial number of a tensor."""
@@ -285,28 +296,10 @@ def _parted(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[Tensor]]
     return plain, tensors
 
 
-def _keeps_entries(arguments: Mapping[str, Any]) -> bool:
-    """Return whether the entries of a strided view are those of its argument, as where torch sets the strides of axes of length 1."""
-    tensor, size, stride = arguments["self"], arguments["size"], arguments["stride"]
-    if tuple(size) != tensor.shape or arguments["storage_offset"] not in (None, tensor.storage_offset()):
-        return False
-    return all(
-        before == after or length == 1 for length, before, after in zip(size, tensor.stride(), stride, strict=True)
-    )
-
-
 def _counts_up(index: Tensor, length: int) -> bool:
     """Return whether an index is ``0, 1, ..., length - 1`` and therefore keeps the order."""
     flat = index.reshape(-1)
     return len(flat) == length and bool((flat == torch.arange(length, device=flat.device)).all())
-
-
-def _marks(name: str, arguments: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return how many entries a mask like ``x[mask, :]`` selects at each position of the first axis; empty for other operations."""
-    indices = arguments.get("indices")
-    if name != "index" or not indices or indices[0] is None or any(index is not None for index in indices[1:]):
-        return ()
-    return marks_of(indices[0]) if indices[0].dtype is torch.bool and indices[0].ndim else ()
 
 
 _SORTING = frozenset(["sort", "index", "index_put_", "index_copy"])

@@ -15,8 +15,10 @@ from lightning_gradmetrics.engine.tracing.calls import opened
 __all__ = [
     "Copies",
     "GroupNormCrashError",
+    "all_nodes",
     "ends_of_group_norms",
     "gradients_at",
+    "is_custom",
     "reached_parameters",
     "runs_custom_code",
     "runs_users_code",
@@ -109,7 +111,7 @@ def ends_of_group_norms(total: Tensor) -> list[Any]:
     ends: list[Any] = []
     if not _GROUP_NORMS_CRASH:
         return ends
-    for node in _nodes(total):
+    for node in all_nodes(total):
         if node.name() != "NativeGroupNormBackward0":
             continue
         (source, number), *weights = node.next_functions
@@ -146,7 +148,7 @@ def reached_parameters(output: Tensor, parameters: Mapping[str, Tensor]) -> list
     """
     names = {id(parameter): name for name, parameter in parameters.items()}
     reached: dict[str, None] = {}
-    for node in _nodes(output):
+    for node in all_nodes(output):
         leaf = id(getattr(node, "variable", None))
         if leaf in names:
             reached[names[leaf]] = None
@@ -162,19 +164,20 @@ def runs_custom_code(output: Tensor) -> bool:
         >>> runs_custom_code(torch.ones(2, requires_grad=True).exp())
         False
     """
-    return any(map(_is_custom, _nodes(output)))
+    return any(map(is_custom, all_nodes(output)))
 
 
 def runs_users_code(output: Tensor) -> bool:
     """Return whether its graph contains custom autograd functions of the user; torch's own, such as checkpoints, do not count."""
-    return any(map(_is_of_user, _nodes(output)))
+    return any(map(_is_of_user, all_nodes(output)))
 
 
 def _is_of_user(node: Any) -> bool:
-    return _is_custom(node) and not str(getattr(type(node)._forward_cls, "__module__", "")).startswith("torch.")
+    return is_custom(node) and not str(getattr(type(node)._forward_cls, "__module__", "")).startswith("torch.")
 
 
-def _is_custom(node: Any) -> bool:
+def is_custom(node: Any) -> bool:
+    """Return whether a node runs code of a custom autograd function, or of hooks on a module, that is not of this package."""
     if not isinstance(node, torch.autograd.function.BackwardCFunction):
         return False
     function = getattr(type(node), "_forward_cls", None)
@@ -185,7 +188,7 @@ _PACKAGE = __name__.partition(".")[0] + "."
 """This package."""
 
 
-def _nodes(output: Tensor) -> Iterator[Any]:
+def all_nodes(output: Tensor) -> Iterator[Any]:
     """Yield every node of a tensor's graph."""
     waiting, visited = [output.grad_fn], set()
     while waiting:

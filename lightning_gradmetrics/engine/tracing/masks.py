@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["MaskWatch", "marks_of", "marks_so_many", "selecting_mask"]
+__all__ = ["MaskWatch", "mask_marks", "marks_so_many", "selecting_mask"]
 
 _SELECTING = Tensor.__getitem__
 
@@ -30,7 +30,20 @@ def selecting_mask(function: Any, args: Sequence[Any]) -> Tensor | None:
     return first if isinstance(first, Tensor) and first.dtype is torch.bool and first.ndim else None
 
 
-def marks_of(mask: Tensor) -> tuple[int, ...]:
+def mask_marks(name: str, arguments: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return how many entries a mask like ``x[mask, :]`` selects at each position of the first axis; empty for other operations.
+
+    Args:
+        name: The name of the operation.
+        arguments: Its arguments.
+    """
+    indices = arguments.get("indices")
+    if name != "index" or not indices or indices[0] is None or any(index is not None for index in indices[1:]):
+        return ()
+    return _marks_of(indices[0]) if indices[0].dtype is torch.bool and indices[0].ndim else ()
+
+
+def _marks_of(mask: Tensor) -> tuple[int, ...]:
     """Return how many entries of a mask ``(L, ...)`` are true at each position of its first axis, ``(L,)``."""
     counts: list[int] = mask.reshape(len(mask), -1).sum(1).tolist()
     return tuple(counts)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_gradmetrics.classifier.tensor_records import written_arguments
 
-__all__ = ["Schema", "schema_of", "shows_memory"]
+__all__ = ["Schema", "keeps_entries", "schema_of", "shows_memory"]
 
 
 @dataclass(frozen=True)
@@ -88,3 +88,17 @@ _PLAIN_DISPATCH = Tensor.__torch_dispatch__
 def shows_memory(tensor: Tensor) -> bool:
     """Return whether a tensor's storage is all of its memory: not for subclasses with parts, and zeros of forward-mode derivatives."""
     return type(tensor).__torch_dispatch__ is _PLAIN_DISPATCH and not tensor._is_zerotensor()
+
+
+def keeps_entries(arguments: Mapping[str, Any]) -> bool:
+    """Return whether the entries of a strided view are those of its argument, as where torch sets the strides of axes of length 1.
+
+    Args:
+        arguments: The arguments of ``as_strided``.
+    """
+    tensor, size, stride = arguments["self"], arguments["size"], arguments["stride"]
+    if tuple(size) != tensor.shape or arguments["storage_offset"] not in (None, tensor.storage_offset()):
+        return False
+    return all(
+        before == after or length == 1 for length, before, after in zip(size, tensor.stride(), stride, strict=True)
+    )
