@@ -30,7 +30,11 @@ from lightning_gradmetrics.classifier.sample_axis import SampleAxis, samples_fir
 from lightning_gradmetrics.engine.arguments import check_arguments, checked_targets, detached
 from lightning_gradmetrics.engine.auto import auto_moments
 from lightning_gradmetrics.engine.checks.no_gradient import check_gradients
-from lightning_gradmetrics.engine.checks.other_generators import check_repeated_passes, watching_generators
+from lightning_gradmetrics.engine.checks.other_generators import (
+    SamplesAlone,
+    check_repeated_passes,
+    watching_generators,
+)
 from lightning_gradmetrics.engine.compilation.stance import eager
 from lightning_gradmetrics.engine.functional import functional_moments
 from lightning_gradmetrics.engine.inputs.cached_tensors import without_cached_tensors
@@ -244,9 +248,13 @@ def _checked_moments(engine: str, task: Task) -> list[Moments]:
     if not task.size:
         return ENGINES[engine](task)
     state = ForwardState(task.model)
-    check_repeated_passes(task, state)
+    alone = SamplesAlone(task, check_repeated_passes(task, state), state)
     with watching_generators(task, state):
-        return ENGINES[engine](task)
+        moments = reference_moments(task, alone.note) if engine == "reference" else ENGINES[engine](task)
+        is_random = state.random_numbers_drawn()
+    if not is_random:
+        alone.check()
+    return moments
 
 
 def _guarded(

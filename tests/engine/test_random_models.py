@@ -183,6 +183,13 @@ def test_a_state_out_of_sight_that_few_passes_do_not_change_is_found_when_gradie
             gradient_statistics(model, numbers(5, WIDTH), "pseudo_label")
 
 
+def test_a_count_of_passes_that_changes_one_sample_alone_is_found_by_the_reference() -> None:
+    factors = itertools.chain([1.0] * 5, [2.0], itertools.repeat(1.0))
+    model = Net(lambda net, x: net.head(torch.tanh(net.a(x)) * next(factors))).double().eval()
+    with pytest.raises(NotReproducibleError, match="torch's default generators"):
+        gradient_statistics(model, numbers(5, WIDTH), "pseudo_label", engine="reference")
+
+
 def test_one_warning_says_that_the_gradients_are_those_of_one_draw() -> None:
     model = Net(EXACT["dropout"]).double().eval()
     with warnings.catch_warnings(record=True) as issued:

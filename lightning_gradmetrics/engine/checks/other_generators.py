@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_gradmetrics.classifier.notices import RANDOM, first_time
 from lightning_gradmetrics.engine.inputs.samples import close_rows, logits_without_graph
@@ -21,7 +21,7 @@ from lightning_gradmetrics.engine.refusals import NotReproducibleError, not_repr
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.engine.tracing.model_state import ForwardState
 
-__all__ = ["check_few_samples", "check_repeated_passes", "watching_generators"]
+__all__ = ["SamplesAlone", "check_few_samples", "check_repeated_passes", "watching_generators"]
 
 REPEATS = 16
 """How often the logits are computed if a forward pass has drawn numbers: a branch that one of three draws takes is missed by 1 in 600."""
@@ -75,20 +75,54 @@ def check_few_samples(task: Task, state: ForwardState | None = None) -> None:
         state.restore()
 
 
-def check_repeated_passes(task: Task, state: ForwardState, count: int = 2) -> None:
-    """Compare the logits of several forward passes from the same state.
+def check_repeated_passes(task: Task, state: ForwardState, count: int = 2) -> Tensor:
+    """Compare the logits of several forward passes from the same state, and return them.
 
     Raises:
         NotReproducibleError: If they differ.
     """
-    first = None
-    for _ in range(count):
-        state.restore()
-        logits = logits_without_graph(task, True)
-        if first is not None and not close_rows(logits, first):
-            raise not_reproducible(task.model)
-        first = logits if first is None else first
     state.restore()
+    first = logits_without_graph(task, True)
+    for _ in range(count - 1):
+        state.restore()
+        if not close_rows(logits_without_graph(task, True), first):
+            raise not_reproducible(task.model)
+    state.restore()
+    return first
+
+
+class SamplesAlone:
+    """Finds a sample whose logits alone were those of one pass only, because the model counts its passes.
+
+    Args:
+        task: The batch.
+        logits: Its logits.
+        state: The state of the model before the batch.
+    """
+
+    def __init__(self, task: Task, logits: Tensor, state: ForwardState) -> None:
+        self._task, self._logits, self._state = task, logits, state
+        self._differing: dict[int, Tensor] = {}
+
+    def note(self, number: int, alone: Tensor) -> None:
+        """Keep the logits ``(1, C)`` of a sample alone if they are not those in the batch."""
+        if len(self._differing) < FEW and not close_rows(alone.detach(), self._logits[number : number + 1]):
+            self._differing[number] = alone.detach()
+
+    def check(self) -> None:
+        """Run the batch, and samples that differ from it, once more; the model must not have drawn random numbers.
+
+        Raises:
+            NotReproducibleError: If the logits are not those of the first pass.
+        """
+        passes = [(self._task, self._logits)]
+        for number, alone in self._differing.items():
+            passes.append((self._task.rows(number, number + 1), alone))
+        for task, logits in passes:
+            self._state.restore()
+            if not close_rows(logits_without_graph(task, True), logits):
+                raise not_reproducible(task.model)
+        self._state.restore()
 
 
 def _generators(model: nn.Module) -> dict[str, Callable[[], Any]]:
