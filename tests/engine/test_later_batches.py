@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_gradmetrics.engine import gradient_statistics
 from lightning_gradmetrics.engine.checks import sample_check
@@ -128,3 +128,18 @@ def test_a_gate_between_two_sorted_samples_is_found() -> None:
         x[x[:, 0].argsort()[3 * number], 1] = 9.0
         with pytest.raises(ValueError, match="depend on each other"):
             gradient_statistics(model, x, "pseudo_label")
+
+
+@pytest.mark.filterwarnings("ignore:no fast rule")
+def test_a_setting_outside_of_the_model_that_switches_to_vmap_takes_the_model_out_of_its_plan() -> None:
+    maps = [False]
+
+    class Mapping(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.func.vmap(super().forward)(x) if maps[0] else super().forward(x)
+
+    model, x = Mapping(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)).double().eval(), torch.randn(5, 6).double()
+    before = gradient_statistics(model, x, "pseudo_label")
+    maps[0] = True
+    after = gradient_statistics(model, x, "pseudo_label")
+    torch.testing.assert_close(after.moments, before.moments)

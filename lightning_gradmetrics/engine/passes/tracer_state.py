@@ -86,6 +86,8 @@ class TracerState(OpeningMode):
         return not any(name != "input" and isinstance(t, Tensor) and t.requires_grad for name, t in values.items())
 
     def _rooted(self, step: Step, result: Tensor) -> Tensor:
+        if torch._C._functorch.is_functorch_wrapped_tensor(result):
+            raise PlanError("a call of torch.func, such as vmap, contains it")
         return with_graph(result, self.anchor)
 
     def _compare_mask(self, func: Any, args: Any) -> None:

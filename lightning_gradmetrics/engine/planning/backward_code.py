@@ -32,6 +32,10 @@ class _Run(NamedTuple):
     results: Sequence[tuple[int, tuple[int, ...]]]
     is_known: bool
 
+    def names(self) -> list[str]:
+        """Return the names of the operations."""
+        return [operation.name for operation in self.operations]
+
 
 def may_combine_samples(two: Traced, three: Traced, parameters: Sequence[Tensor]) -> bool:
     """Return whether code of the user may combine samples in the backward pass, whatever its gates.
@@ -56,8 +60,7 @@ def may_combine_samples(two: Traced, three: Traced, parameters: Sequence[Tensor]
 
 
 def _combines(small: _Run, large: _Run, strangers: set[int]) -> bool:
-    names = [[operation.name for operation in run.operations] for run in (small, large)]
-    if names[0] != names[1] or len(small.results) != len(large.results) or not large.is_known:
+    if small.names() != large.names() or len(small.results) != len(large.results) or not large.is_known:
         return True
     if any(operation.read or operation.by_data for operation in large.operations):
         return True
