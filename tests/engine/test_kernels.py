@@ -134,6 +134,25 @@ def test_gram_form(case, seed, dtype, layout, extra):
     close(moments, gradient, frozenset(moments), dtype)
 
 
+@pytest.mark.parametrize(("stride", "wanted"), [(1, {2.0}), (1, {2.0, "sum"}), (2, {2.0})])
+def test_gram_form_of_single_positions_of_images(stride, wanted, monkeypatch):
+    """In the channels-last layout, rows are read where they are, as in a linear layer."""
+    torch.manual_seed(0)
+    geometry = ConvGeometry((1, 1), (stride, stride), (0, 0), (1, 1))
+    x = torch.randn(3, 80, 4, 4).to(memory_format=torch.channels_last)
+    g = torch.randn(3, 70, 4 // stride, 4 // stride).to(memory_format=torch.channels_last)
+    linear = []
+    monkeypatch.setattr(gram, "linear_square", lambda *args, run=gram.linear_square: linear.append(1) or run(*args))
+    close(
+        kernels.conv_moments(x, g, geometry, wanted),
+        kernels.conv_gradient(x.double(), g.double(), geometry),
+        wanted,
+        torch.float32,
+    )
+    has_kernel = library.library_for(torch.float32) is not None
+    assert len(linear) == (stride == 1 and has_kernel)
+
+
 @pytest.mark.parametrize("output_padding", [0, 1])
 def test_a_transposed_convolution_is_a_convolution_with_swapped_roles(output_padding):
     torch.manual_seed(0)

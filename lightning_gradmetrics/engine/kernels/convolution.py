@@ -179,7 +179,7 @@ def _by_gram(x: Tensor, g: Tensor, geometry: ConvGeometry, keys: frozenset[Momen
     def direct(rows: Tensor) -> Tensor:
         return _by_products(x[rows], g[rows], geometry, frozenset({2.0}))[2.0]
 
-    moments = conv_square(x, g, geometry, direct)
+    moments = conv_square(x, g, geometry, direct, "sum" in keys)
     if keys > moments.keys():
         moments["sum"] = _total(x, g, geometry)
     return chosen_moments(moments, keys)

@@ -89,6 +89,9 @@ def conv_gram_pays(x: Tensor, g: Tensor, geometry: ConvGeometry) -> bool:
         g: ``(N, C_out, *S')``.
         geometry: Kernel size, stride, padding, dilation and groups.
     """
+    rows = _rows_of_images(x, g, geometry)
+    if rows is not None:
+        return linear_gram_pays(*rows)
     inputs, outputs = x.shape[1] // geometry.groups, g.shape[1] // geometry.groups
     positions, entries = g.shape[2:].numel(), geometry.entries
     product = positions * inputs * entries * outputs
@@ -100,6 +103,18 @@ def conv_gram_pays(x: Tensor, g: Tensor, geometry: ConvGeometry) -> bool:
     matrices = (x.shape[2:].numel() ** 2 * inputs + positions**2 * outputs) / 2
     gram = COMPILED_GAIN * (TILE_WASTE * matrices + PAIR_COST * entries * positions**2)
     return gram * _idle(len(g) * geometry.groups) < product
+
+
+def _rows_of_images(x: Tensor, g: Tensor, geometry: ConvGeometry) -> tuple[Tensor, Tensor] | None:
+    """Return the operands of a convolution with one kernel entry as those of a linear layer, ``(N, P, C)`` each.
+
+    Returns:
+        The operands; ``None`` for other convolutions, and if the compiled form for rows does not cover them.
+    """
+    if geometry.groups != 1 or x.shape[2:] != g.shape[2:] or {*geometry.kernel_size, *geometry.stride} != {1}:
+        return None
+    a, gradients = x.flatten(2).mT, g.flatten(2).mT
+    return (a, gradients) if _has_rows(a, gradients) else None
 
 
 def _compiled_form_covers(geometry: ConvGeometry) -> bool:
@@ -163,7 +178,9 @@ def linear_square(a: Tensor, g: Tensor, with_sums: bool = False, totals: Positio
     return _summed(_gram(a.mT)[:, None], _gram(g.mT)[:, None], direct)
 
 
-def conv_square(x: Tensor, g: Tensor, geometry: ConvGeometry, direct: Callable[[Tensor], Tensor]) -> Moments:
+def conv_square(
+    x: Tensor, g: Tensor, geometry: ConvGeometry, direct: Callable[[Tensor], Tensor], with_sums: bool = False
+) -> Moments:
     """Return sums of squares of a convolution's per-sample weight gradients, and their sums if those cost nothing extra.
 
     The Gram matrix of the patches is a sum of the pixels' Gram matrix, shifted by each kernel entry.
@@ -173,10 +190,14 @@ def conv_square(x: Tensor, g: Tensor, geometry: ConvGeometry, direct: Callable[[
         g: ``(N, C_out, *S')``.
         geometry: Kernel size, stride, padding, dilation and groups.
         direct: Computes the sums of squares by products for the samples that a mask ``(N,)`` selects.
+        with_sums: Whether the sums are wanted, if they cost little.
 
     Returns:
         ``(N,)`` each.
     """
+    rows = _rows_of_images(x, g, geometry)
+    if rows is not None:
+        return linear_square(*rows, with_sums)
     if supports(g, {2.0}) and _compiled_form_covers(geometry):
         return _checked(native_squares(x, g, geometry, CANCELLED), direct)
     samples, groups, positions = len(g), geometry.groups, g.shape[2:].numel()

@@ -40,7 +40,7 @@ SWITCH = "LIGHTNING_GRADMETRICS_NATIVE"
 
 SOURCES = tuple(sorted(Path(__file__).with_name("csrc").glob("*.[ch]")))
 COMPILERS = ("cc", "gcc", "clang")
-FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC", "-w")
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-std=gnu11", "-shared", "-fPIC", "-w")
 DEFINES = {torch.float32: ("-DREAL=float", "-DSINGLE"), torch.float64: ("-DREAL=double",)}
 COMPILE_SECONDS = 120
 JOBS = (

@@ -20,15 +20,18 @@ typedef struct {
 enum { WIDEST = 4096 }; /* channels of a layer norm at most */
 enum { CHUNK = 512 };   /* terms summed in single precision before they move to double */
 
-/* Writes the sums of one channel. */
-inline_always void store(const sum_job *j, int64_t n, int64_t c, double sum, double product) {
-  const int64_t at = n * j->channels + c, second = at + j->samples * j->channels;
+/* Writes the sums of some channels from `first` on; the loop over them uses vectors, since roots and quotients are slow. */
+inline_always void store(const sum_job *j, int64_t n, int64_t first, int width, const double *sum, const double *product) {
+  const int64_t at = n * j->channels + first, second = at + j->samples * j->channels;
   if (j->out) {
-    j->out[at] = sum, j->out[second] = product;
+    memcpy(j->out + at, sum, sizeof(double) * width), memcpy(j->out + second, product, sizeof(double) * width);
     return;
   }
-  j->rows[at] = (REAL)sum;
-  if (j->x) j->rows[second] = (REAL)(j->mean ? (product - sum * j->mean[c]) / sqrt(j->variance[c] + j->eps) : product);
+  for (int c = 0; c < width; c++) j->rows[at + c] = (REAL)sum[c];
+  for (int c = 0; j->x && !j->mean && c < width; c++) j->rows[second + c] = (REAL)product[c];
+#pragma GCC ivdep
+  for (int c = 0; j->x && j->mean && c < width; c++)
+    j->rows[second + c] = (REAL)((product[c] - sum[c] * j->mean[first + c]) / sqrt(j->variance[first + c] + j->eps));
 }
 
 /* The factor of g in the gradient of the input of a batch norm. */
@@ -56,7 +59,7 @@ inline_always void channel_sums(const sum_job *j, int64_t n, int64_t c, const RE
       if (scaled) scaled[p + i] = g[p + i] * factor;
     }
   }
-  store(j, n, c, sum, product);
+  store(j, n, c, 1, &sum, &product);
 }
 
 /* Up to CHUNK channels from `first` on, which are adjacent in memory. */
@@ -81,7 +84,7 @@ inline_always void position_sums(const sum_job *j, int64_t n, int64_t first, int
     }
     for (int c = 0; c < width; c++) sum[c] += a[c], product[c] += b[c];
   }
-  for (int c = 0; c < width; c++) store(j, n, first + c, sum[c], product[c]);
+  store(j, n, first, width, sum, product);
 }
 
 /* All channels of a sample; the compiler makes one version for each of the operands that may be null. */
@@ -136,7 +139,7 @@ static void normalised_sums(const sum_job *j, int64_t n, const REAL *x, const RE
     }
     for (int64_t c = 0; c < width; c++) sum[c] += a[c], product[c] += b[c];
   }
-  for (int64_t c = 0; c < width; c++) store(j, n, c, sum[c], product[c]);
+  store(j, n, 0, (int)width, sum, product);
 }
 
 static void sum_work(void *data) {
