@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -178,13 +179,21 @@ def _seed(case: str, model: torch.nn.Module, x: torch.Tensor, full: float, sampl
 
 
 def _memory(case: str, options: argparse.Namespace) -> Iterator[Row]:
-    """Yield the extra peak memory relative to a training step; each measurement has a new process."""
+    """Yield the extra peak memory relative to a training step; each measurement has a new process.
+
+    A batch that needs more memory than the machine has is left out, with a message.
+    """
     for batch in options.memory_batches:
-        step = _peak_of(case, batch, "step", options)
-        for what in ("full", "squares"):
-            extra = _peak_of(case, batch, what, options) / step - 1
-            label = f"extra peak memory, {LABELS[what]}"
-            note = f"training step: {step / 2**20:.0f} MiB"
+        try:
+            step, *peaks = [_peak_of(case, batch, what, options) for what in ("step", "full", "squares")]
+        except subprocess.CalledProcessError as error:
+            if error.returncode != -signal.SIGKILL:
+                raise
+            print(f"{case}, batch {batch}: left out, the system killed a process for its memory", file=sys.stderr)
+            continue
+        note = f"training step: {step / 2**20:.0f} MiB"
+        for what, peak in zip(("full", "squares"), peaks, strict=True):
+            extra, label = peak / step - 1, f"extra peak memory, {LABELS[what]}"
             yield Row(case, batch, label, extra, extra, extra, MEMORY_BAR, False, "fraction of a step", None, note)
 
 
