@@ -57,16 +57,20 @@ def rows_of_input(layer: nn.Module, values: Tensor, size: int) -> Tensor | None:
 
     Returns:
         The tensor; ``None`` if it does not contain the samples, as a table of positions.
+
+    Raises:
+        MixedRowsError: If it is a nested tensor.
     """
-    return _with_samples_first(values, _AXES.get(layer, _Axes()).of_input, size)
+    return _with_samples_first(layer, values, _AXES.get(layer, _Axes()).of_input, size)
 
 
 def rows_of_output(layer: nn.Module, values: Tensor, size: int) -> Tensor | None:
     """Return a layer's output, or a gradient of it, with the samples first, as :func:`rows_of_input` does."""
-    return _with_samples_first(values, _AXES.get(layer, _Axes()).of_output, size)
+    return _with_samples_first(layer, values, _AXES.get(layer, _Axes()).of_output, size)
 
 
-def _with_samples_first(values: Tensor, axis: int | None, size: int) -> Tensor | None:
+def _with_samples_first(layer: nn.Module, values: Tensor, axis: int | None, size: int) -> Tensor | None:
+    _refuse_nested(layer, values)
     if axis is None or values.ndim <= axis or not values.shape[axis] or values.shape[axis] % size:
         return None
     return values.movedim(axis, 0)
@@ -123,6 +127,7 @@ def _axis(layer: nn.Module, two: Tensor | None, three: Tensor | None) -> int | N
     """Return the axis of the samples in a tensor of passes with two and three of them."""
     if two is None or three is None:
         return 0
+    _refuse_nested(layer, two)
     if two.shape == three.shape:
         return None
     grown = []
@@ -139,6 +144,15 @@ def _axis(layer: nn.Module, two: Tensor | None, three: Tensor | None) -> int | N
         "mixtures of experts and where windows come before samples, so its activations have no value per sample. Choose scores of "
         "the logits, of the head or of gradients"
     )
+
+
+def _refuse_nested(layer: nn.Module, values: Tensor) -> None:
+    if values.is_nested:
+        raise MixedRowsError(
+            f"a layer {type(layer).__name__} inside the model has a nested tensor, whose samples have different numbers of rows, so its "
+            "activations have no value per sample. Run these layers on padded tensors, for a TransformerEncoder with "
+            "enable_nested_tensor=False; or choose scores of the logits, of the head or of gradients"
+        )
 
 
 def _agree(two: Tensor, three: Tensor) -> bool:

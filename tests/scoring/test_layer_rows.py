@@ -61,14 +61,17 @@ def test_tables_that_are_as_long_as_a_batch_are_left_out() -> None:
 
 
 class Windows(nn.Module):
-    """Applies a layer to windows of all samples, with the windows before the samples, or to the positions of an expert."""
+    """Applies a layer to windows before samples, to the positions of an expert, or to a nested tensor."""
 
-    def __init__(self, experts: bool) -> None:
+    def __init__(self, kind: str) -> None:
         super().__init__()
-        self.body, self.head, self.experts = nn.Linear(6, 7), nn.Linear(7, 4), experts
+        self.body, self.head, self.kind = nn.Linear(6, 7), nn.Linear(7, 4), kind
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.experts:
+        if self.kind == "nested":
+            rows = self.body(torch.nested.as_nested_tensor(list(x), layout=torch.jagged)).relu()
+            return self.head(rows.to_padded_tensor(0.0).mean(1))
+        if self.kind == "windows":
             rows = self.body(x.transpose(0, 1).reshape(-1, 6)).relu()
             return self.head(rows.view(x.shape[1], len(x), 7).mean(0))
         chosen = x[..., 0] > 0
@@ -76,12 +79,18 @@ class Windows(nn.Module):
         return self.head(rows.mean(1))
 
 
-@pytest.mark.parametrize("experts", [False, True], ids=["windows", "experts"])
+ANOTHER_ORDER = "are not those of the samples in order"
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("windows", ANOTHER_ORDER), ("experts", ANOTHER_ORDER), ("nested", "enable_nested_tensor=False")],
+)
 @pytest.mark.parametrize("score", ["channel_distance", "gaia"])
-def test_rows_in_another_order_are_refused(experts: bool, score: str) -> None:
+def test_rows_in_another_order_are_refused(kind: str, reason: str, score: str) -> None:
     torch.manual_seed(0)
-    model, x = Windows(experts).eval(), torch.randn(24, 5, 6)
-    with pytest.raises(ValueError, match="are not those of the samples in order"):
+    model, x = Windows(kind).eval(), torch.randn(24, 5, 6)
+    with pytest.raises(ValueError, match=reason):
         lgm.fit(model, [x], score) if score != "gaia" else lgm.score(model, x, score)
 
 
