@@ -28,8 +28,8 @@ __all__ = ["WeightedSums"]
 CANCELLED = 2.0**-10
 """A sum is zero if it is smaller than this fraction of that of the absolute values, or in half precision than 16 times its precision."""
 
-FEW = 1
-"""Number of samples that show whether the sums of a call cancel; if its gradient is zero, they do."""
+FEW = 4
+"""Number of samples that show whether the sums of a call cancel; if all their gradients are zero, they do."""
 
 GOLDEN = 0.6180339887498949
 
@@ -111,7 +111,7 @@ class WeightedSums:
 
 
 def _cancelled(slots: Collection[str], g: Tensor, mixes_features: bool) -> Collection[str]:
-    """Return the slots whose sums are zero by a symmetry of the output gradient, which the first sample shows.
+    """Return the slots whose sums are zero by a symmetry of the output gradient, which any of a few samples shows.
 
     If the sums over the features are zero, those of all slots are; if only the sums over all entries are, those of biases.
 
@@ -120,15 +120,20 @@ def _cancelled(slots: Collection[str], g: Tensor, mixes_features: bool) -> Colle
         g: The gradient of the output.
         mixes_features: Whether the sum of the weight's gradient has a sum over all features.
     """
-    few, biases = at_least_float32(g[:FEW]), {slot for slot in slots if "bias" in slot}
-    limit = max(CANCELLED, 16 * torch.finfo(g.dtype).eps) * _magnitude(few)
+    few = at_least_float32(g[:: max(1, len(g) // FEW)][:FEW])
+    size, biases = _magnitudes(few), {slot for slot in slots if "bias" in slot}
+    known = (size > 0) | (size == 0).all()  # a gradient of zero shows nothing about the others
+    limit = max(CANCELLED, 16 * torch.finfo(g.dtype).eps) * size
     features = few.sum(min(2, g.ndim - 1))  # the channels of images, or the features of positions
-    if _magnitude(features) <= limit or (g.ndim > 3 and _magnitude(few.sum(-1)) <= limit):
+    are_zero = _magnitudes(features) <= limit
+    if g.ndim > 3:
+        are_zero |= _magnitudes(few.sum(-1)) <= limit
+    if bool((are_zero & known).any()):
         return slots if mixes_features else biases
-    return biases if biases and abs(features.sum().item()) <= limit / 16 else ()
+    are_zero = features.reshape(len(few), -1).sum(1).abs() <= limit / 16
+    return biases if biases and bool((are_zero & known).any()) else ()
 
 
-def _magnitude(tensor: Tensor) -> float:
-    """Return the sum of the absolute values."""
-    total: float = tensor.abs().sum().item()
-    return total
+def _magnitudes(tensor: Tensor) -> Tensor:
+    """Return the sum of the absolute values of each sample ``(N,)``."""
+    return tensor.reshape(len(tensor), -1).abs().sum(1)
