@@ -21,7 +21,13 @@ from lightning_gradmetrics.classifier.forward import Inputs, tensors_in
 from lightning_gradmetrics.classifier.labels import class_numbers, described, map_numbers, token_numbers
 from lightning_gradmetrics.classifier.notices import first_time
 from lightning_gradmetrics.classifier.observation import ModelCall
-from lightning_gradmetrics.classifier.row_order import CERTAIN_BITS, LIKELY_BITS, is_partly_equal, row_order
+from lightning_gradmetrics.classifier.row_order import (
+    CERTAIN_BITS,
+    LIKELY_BITS,
+    is_partly_equal,
+    order_of_part,
+    row_order,
+)
 from lightning_gradmetrics.pictures.pixels.label_maps import marked_labels
 from lightning_gradmetrics.pictures.pixels.settings import Pixels
 
@@ -127,6 +133,16 @@ class BatchReader:
             )
         return detected.order
 
+    def part(self, batch: ReadBatch, inputs: Inputs | None) -> Tensor | None:
+        """Return the position in the batch of each sample if the step passed some of them to the model; otherwise ``None``.
+
+        Args:
+            batch: The batch before the step.
+            inputs: The joined inputs of the calls.
+        """
+        tensors = list(tensors_in(batch.inputs)) if batch.copied is None else batch.copied.tensors()
+        return order_of_part(list(tensors_in(inputs)), tensors)
+
     def labels(
         self, batch: ReadBatch, size: int, classes: int, received: Sequence[Tensor], dataset: str
     ) -> Tensor | None:
@@ -187,9 +203,13 @@ class BatchReader:
         try:
             return batch.copied.labels(size, classes, received, read)
         except LabelsNotUnderstoodError as problem:
-            self.warn_once(
-                dataset, f"no labels are used for the dataset {dataset!r}: {problem}. To use labels {REMEDY}"
-            )
+            remedy = f"To use labels {REMEDY}"
+            if batch.size not in (size, None):
+                remedy = (
+                    f"The step passes {size} rows to the model for a batch of {batch.size}, with other values, so it is unknown which "
+                    "labels belong to them. Select, repeat or crop samples in the dataset or in its collate_fn"
+                )
+            self.warn_once(dataset, f"no labels are used for the dataset {dataset!r}: {problem}. {remedy}")
             return None
 
     def label_maps(

@@ -124,7 +124,7 @@ class Run:
         if read.size == 0:
             return
         check_model(self.model)
-        indices = self.drawn.of_batch(place, number)
+        indices: Indices | None = self.drawn.of_batch(place, number)
         size = read.size if indices is None else len(indices)
         if self.stage.skips(place, size, indices):
             self.skipped.others += 1
@@ -136,15 +136,21 @@ class Run:
         with self.surroundings(), observation.surroundings(), ExitStack() as stack:
             observed = self._observer.batch(observation, read.inputs, size)
             observed = self._placed(stack, observed)
-            observed = self._ordered(self._completed(observed, read, observation, place), read, observation)
+            part = self._part(observed, read, observation)
+            observed = self._ordered(self._completed(observed, read, observation, place, part), read, observation)
             evidence = self.stage.scorer.evidence(self.model, observed)
             if observed.tokens is not None and self._texts is not None:
                 observed = replace(observed, tokens=replace(observed.tokens, of_texts=self._texts.values(observed)))
         moved = self.transfers.moved(observed.size)
+        if part is not None and read.size is not None:
+            indices = self.stage.rows[place].index.part(read.size, part if moved is None else None, len(part), indices)
+            moved = None
         self.stage.rows[place].index.moved = moved
         ids = read.ids
         if observed.order is not None and ids:
             ids = [ids[number] for number in observed.order.tolist()]
+        elif part is not None and ids:
+            ids = [ids[number] for number in part.tolist()]
         self.stage.add(place, observed, evidence, indices, ids)
         self._warn_of_unknown_index(place, moved)
         self._warn_of_repeats(place)
@@ -164,6 +170,12 @@ class Run:
         inputs, stated = stack.enter_context(samples_first(model, batch.inputs, self.sample_axis))
         return replace(batch, inputs=inputs, sample_axis=stated)
 
+    def _part(self, batch: ObservedBatch, read: ReadBatch, seen: Observation) -> Tensor | None:
+        """Return the position in the loader's batch of each sample if the step selected some of them; ``None`` for all of them."""
+        if seen.called is None or read.size is None or batch.size >= read.size or batch.logits.ndim > 2:
+            return None
+        return self.reader.part(read, batch.inputs)
+
     def _ordered(self, batch: ObservedBatch, read: ReadBatch, seen: Observation) -> ObservedBatch:
         """Return the batch with its labels in the order in which the step passed the samples to the model."""
         if seen.called is None or batch.size < 2:
@@ -174,7 +186,9 @@ class Run:
         labels = batch.labels
         return replace(batch, order=order, labels=None if labels is None else labels[order.to(labels.device)])
 
-    def _completed(self, batch: ObservedBatch, read: ReadBatch, seen: Observation, place: int) -> ObservedBatch:
+    def _completed(
+        self, batch: ObservedBatch, read: ReadBatch, seen: Observation, place: int, part: Tensor | None
+    ) -> ObservedBatch:
         """Return the batch with its labels and its dataset."""
         dataset = self.stage.rows[place].dataset
         received: list[Tensor] = []
@@ -194,7 +208,10 @@ class Run:
             labels = self.reader.label_maps(read, batch.size, batch.logits.shape[1], received, dataset)
             batch = batch if labels is None else at_size(batch, tuple(labels.shape[1:]))
         if batch.logits.ndim == 2 and batch.logits.shape[1] > 1:
-            labels = self.reader.labels(read, batch.size, batch.logits.shape[1], received, dataset)
+            size = batch.size if part is None or read.size is None else read.size
+            labels = self.reader.labels(read, size, batch.logits.shape[1], received, dataset)
+            if labels is not None and part is not None:
+                labels = labels[part.to(labels.device)]
             labels = self._checked(labels, batch.logits.shape[1], place)
         ood = self.stage.ood(place, batch.size)
         return replace(batch, labels=labels, ood=ood, dataset=dataset)

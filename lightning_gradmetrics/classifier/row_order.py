@@ -15,6 +15,7 @@ __all__ = [
     "RowOrder",
     "is_partly_equal",
     "order_of_equal_rows",
+    "order_of_part",
     "row_order",
     "some_entries",
     "summaries",
@@ -100,6 +101,40 @@ def order_of_equal_rows(received: Tensor, batch: Tensor) -> Tensor | None:
     order = torch.empty_like(ranks)
     order[ranks] = rows
     return order if torch.equal(first, second[order]) and torch.equal(received, batch[order]) else None
+
+
+def order_of_part(received: Sequence[Tensor], batch: Sequence[Tensor]) -> Tensor | None:
+    """Return the position in the batch of each sample if the model received some of its samples, unchanged; otherwise ``None``.
+
+    Args:
+        received: The tensors that the model received, one row per sample.
+        batch: The tensors of the batch.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 5.0], [2.0, 4.0], [3.0, 6.0]])
+        >>> order_of_part([x[x[:, 0] > 1]], [x])
+        tensor([1, 2])
+    """
+    for first in received:
+        for second in batch:
+            is_pair = first.ndim > 1 and first.shape[1:] == second.shape[1:] and 0 < len(first) < len(second)
+            if is_pair and first.numel() and first.dtype == second.dtype and not first.is_complex():
+                order = _rows_in(first, second.to(first.device))
+                if order is not None:
+                    return order
+    return None
+
+
+def _rows_in(part: Tensor, batch: Tensor) -> Tensor | None:
+    """Return the number of the row of the batch that each row of a part of it is; ``None`` if that is ambiguous."""
+    entries = torch.cat([some_entries(batch), some_entries(part)])
+    found, numbers = torch.unique(entries, dim=0, return_inverse=True)
+    if len(found) != len(batch):  # rows of the batch are equal, or others are not in it
+        return None
+    places = torch.empty_like(numbers[: len(batch)])
+    places[numbers[: len(batch)]] = torch.arange(len(batch), device=numbers.device)
+    order = places[numbers[len(batch) :]]
+    return order if torch.equal(part, batch[order]) else None
 
 
 def _order_of_all(received: Sequence[Tensor], batch: Sequence[Tensor], order: Tensor | None) -> Tensor | None:

@@ -178,6 +178,23 @@ class SampleIndex:
         self.last = drawn if moved is None else _moved(drawn, moved)
         return self.last
 
+    def part(self, rows: int, part: Tensor | None, size: int, seen: Indices | None = None) -> Indices:
+        """Return the indices of the samples that the step selected from the next batch, for :meth:`take`.
+
+        Args:
+            rows: The number of rows of the batch.
+            part: The position in the batch of each selected sample; ``None`` if it is unknown.
+            size: The number of selected samples.
+            seen: The indices that the loader drew for this batch, if it recorded them.
+        """
+        indices = self._next(rows, seen)
+        if seen is None:
+            self.position += len(indices)
+        if part is None or len(indices) != rows:
+            return np.full(size, UNKNOWN)
+        chosen: Indices = indices[part.cpu().numpy()]
+        return chosen
+
     def skip(self, rows: int, seen: Indices | None = None) -> bool:
         """Skip the next batch and return True if an earlier run committed all its rows; otherwise return False.
 

@@ -294,3 +294,33 @@ def test_batches_that_the_step_skips_are_counted_and_left_out(skipped: int) -> N
     assert callback.results["index"].to_pylist() == rows
     assert callback.results["label"].to_pylist() == [n % 3 for n in rows]
     assert_scores(callback, net, x[rows], NAMES)
+
+
+# Steps that pass some samples of a batch to the model
+
+
+@pytest.mark.filterwarnings("ignore:.*sampler has shuffling")
+@pytest.mark.parametrize("options", [{}, {"split_batch": lambda batch: (batch[0], batch[1])}])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_samples_that_a_step_selects_keep_their_labels_index_and_ids(shuffle: bool, options: Any) -> None:
+    net, x = mlp(5, 8, 3), numbers(12, 5)
+    x[4:8, 0] = torch.tensor([-1.0, -1.0, 1.0, -1.0])
+    kept = (x[:, 0] > 0).nonzero().flatten().tolist()
+    callback = lgm.GradientMetrics(NAMES, sample_id=lambda batch: batch[0][:, 1].tolist(), **options)
+    data = DataLoader(TensorDataset(x, torch.arange(12) % 3), 4, shuffle=shuffle)
+    test_run(callback, stepped(lambda module, batch: module(batch[0][batch[0][:, 0] > 0]), net), data)
+    assert callback.results["index"].to_pylist() == kept
+    assert callback.results["label"].to_pylist() == [n % 3 for n in kept]
+    assert callback.results["sample_id"].to_pylist() == [str(value) for value in x[kept, 1].tolist()]
+    assert_scores(callback, net, x[kept], NAMES)
+
+
+@pytest.mark.filterwarnings("ignore:the index of the rows")
+def test_several_views_of_each_sample_have_no_labels_and_advice_that_works() -> None:
+    def step(module: Any, batch: Any) -> Any:
+        return module(torch.stack([batch[0], -batch[0]], 1).flatten(0, 1))
+
+    with pytest.warns(
+        UserWarning, match=r"passes 8 rows to the model for a batch of 4.*in the dataset or in its collate_fn"
+    ):
+        test_run(lgm.GradientMetrics("energy"), stepped(step, mlp(5, 3)), batches(numbers(8, 5), Y))
