@@ -21,7 +21,7 @@ from lightning_gradmetrics.classifier.forward import check_model
 from lightning_gradmetrics.classifier.observation import Observation
 from lightning_gradmetrics.classifier.sample_axis import SampleAxis, samples_first
 from lightning_gradmetrics.language.observed_texts import ObservedTexts
-from lightning_gradmetrics.results.sample_index import UNKNOWN, Indices
+from lightning_gradmetrics.results.sample_index import REPEATED, UNKNOWN, Indices
 from lightning_gradmetrics.scoring.batch import ObservedBatch
 from lightning_gradmetrics.scoring.resizing import at_size
 from lightning_gradmetrics.scoring.step import StepObserver
@@ -159,8 +159,8 @@ class Run:
         """Count a batch whose step did not call the model, and go on with the index of the next one."""
         rows = self.stage.rows[place]
         self.transfers.moved(size or 0)
-        rows.index.take(size or 0, indices)
-        self.skipped.add(rows.dataset, number, size)
+        taken = rows.index.take(size or 0, indices)  # without those that a distributed sampler repeats
+        self.skipped.add(rows.dataset, number, int((taken != REPEATED).sum()))
 
     def _placed(self, stack: ExitStack, batch: ObservedBatch) -> ObservedBatch:
         """Return the batch with the samples on the first axis of its inputs, where they stay until the stack is left."""

@@ -25,13 +25,13 @@ class SkippedBatches:
     of_datasets: dict[str, tuple[int, int]] = field(default_factory=dict)
     others: int = 0
 
-    def add(self, dataset: str, number: int, size: int | None) -> None:
+    def add(self, dataset: str, number: int, size: int) -> None:
         """Count a batch, and warn if it is the first one.
 
         Args:
             dataset: The name of its dataset.
             number: Its number in the dataloader.
-            size: The number of its samples, if that is known.
+            size: The number of its samples; 0 if that is unknown.
         """
         if not self.of_datasets:
             self.processes.warn(
@@ -40,7 +40,7 @@ class SkippedBatches:
                 "If the step does compute predictions for them, let it call the model, or pass submodule=, the part that it calls"
             )
         batches, samples = self.of_datasets.get(dataset, (0, 0))
-        self.of_datasets[dataset] = (batches + 1, samples + (size or 0))
+        self.of_datasets[dataset] = (batches + 1, samples + size)
 
     def finish(self) -> None:
         """Warn about the batches that all processes left out.
