@@ -74,7 +74,7 @@ def test_one_sample_of_a_proven_model_needs_an_ordinary_backward_pass_only(name,
     assert all(parameter.requires_grad and parameter.grad is None for parameter in list(model.parameters())[1:])
 
 
-def test_all_gradients_of_one_sample_are_reduced_together(monkeypatch):
+def test_few_gradients_of_one_sample_are_reduced_together(monkeypatch):
     model, x = made("tied")
     for size in (5, 1):
         gradient_statistics(model, x[:size], ["pseudo_label", "uniform"])

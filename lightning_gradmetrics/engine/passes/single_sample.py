@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_gradmetrics.engine.kernels.segments import LARGEST
 from lightning_gradmetrics.engine.passes.gather import MomentTable
 from lightning_gradmetrics.engine.passes.plan import Plan
 from lightning_gradmetrics.engine.passes.strategy import Strategy, freeze
@@ -24,6 +23,9 @@ MOST_ENTRIES = 2**24
 
 MOST_TABLE_ENTRIES = 2**18
 """The same number for embeddings, whose gradients are zero almost everywhere: the rule for embeddings skips the zeros."""
+
+MOST_JOINED = 2**14
+"""Largest number of entries of the gradients that are copied into one row; for more, the copy takes longer than it saves."""
 
 _EXACT = frozenset([torch.float32, torch.float64])
 
@@ -117,6 +119,6 @@ def _joined(gradients: Sequence[Tensor | None]) -> Tensor | None:
     present = [gradient for gradient in gradients if gradient is not None]
     kinds = set(map(_KIND, present))
     is_possible = len(present) == len(gradients) and len(kinds) == 1 and present[0].layout is torch.strided
-    if not is_possible or sum(map(Tensor.numel, present)) > LARGEST:
+    if not is_possible or sum(map(Tensor.numel, present)) > MOST_JOINED:
         return None
     return torch._C._nn.flatten_dense_tensors(present)[None]  # type: ignore[attr-defined, no-any-return]
