@@ -16,7 +16,6 @@ from lightning_gradmetrics.engine.checks.batch_checks import BatchChecks
 from lightning_gradmetrics.engine.checks.guards import compare_alone
 from lightning_gradmetrics.engine.checks.other_generators import check_few_samples, watching_generators
 from lightning_gradmetrics.engine.checks.sample_check import (
-    DISAGREES,
     check_draw,
     check_reader_paths,
     check_sample,
@@ -24,7 +23,7 @@ from lightning_gradmetrics.engine.checks.sample_check import (
 )
 from lightning_gradmetrics.engine.inputs.samples import close_rows, input_shapes, input_structure, logits_without_graph
 from lightning_gradmetrics.engine.passes.gather import MomentTable
-from lightning_gradmetrics.engine.passes.plan import PlanError
+from lightning_gradmetrics.engine.passes.plan import DisagreementError, PlanError
 from lightning_gradmetrics.engine.passes.strategy import EVERY_SAMPLE, Strategy, collect_fast, warn_random, warn_slow
 from lightning_gradmetrics.engine.planned_batch import GRADIENTS_IF_UNPROVEN, fill_by_plan
 from lightning_gradmetrics.engine.planning.garbage import without_collections
@@ -180,7 +179,7 @@ def _by_new_strategy(task: Task, state: ForwardState) -> tuple[Strategy, list[Mo
                 raise
             raise_if_out_of_memory(error)
             state.restore()
-            if isinstance(error, PlanError) and error.sample is not None:
+            if isinstance(error, DisagreementError) and error.sample is not None:
                 strategy.failed = failed = error.sample
             if is_verified:
                 break
@@ -276,10 +275,7 @@ def _fill(table: MomentTable, strategy: Strategy, checks: BatchChecks, state: Fo
     if strategy.plan is not None and strategy.fast:
         fill_by_plan(table, strategy, checks, state)
     elif strategy.plan is None:
-        lost = _fill_by_owners(table, strategy, checks)
-        if DISAGREES in lost.values():  # also those of a model that counts its passes in a place that is not restored
-            check_few_samples(task, state)
-        slow.update(lost)
+        slow.update(_fill_by_owners(table, strategy, checks))
     if not slow:
         return
     state.restore()
@@ -301,7 +297,7 @@ def _fill(table: MomentTable, strategy: Strategy, checks: BatchChecks, state: Fo
 def _fill_by_owners(table: MomentTable, strategy: Strategy, checks: BatchChecks) -> dict[str, str]:
     """Fill a table by recovered owners; return the parameters for which that is impossible, with reasons."""
     task, state = table.task, ForwardState(table.task.model)
-    names, lost = list(strategy.fast), {}
+    names, lost, disagrees = list(strategy.fast), {}, False
     while names:
         try:
             collect_fast(table, task.restricted(names), None, checks)
@@ -314,9 +310,12 @@ def _fill_by_owners(table: MomentTable, strategy: Strategy, checks: BatchChecks)
                 check_reader_paths(table, names, task, state, checks.reader_paths, strategy.compared)
             break
         except PlanError as error:
+            disagrees = disagrees or isinstance(error, DisagreementError)
             given_up = error.names & set(names) or set(names)
             lost.update(dict.fromkeys(sorted(given_up), str(error)))
             names = [name for name in names if name not in given_up]
             table.clear()
             state.restore()
+    if disagrees:  # also in a model that counts its passes in a place that is not restored
+        check_few_samples(task, checks.state)
     return lost

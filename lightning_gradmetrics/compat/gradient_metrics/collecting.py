@@ -20,8 +20,8 @@ from lightning_gradmetrics.compat.gradient_metrics.ownership import (
     owners,
     resolution,
 )
-from lightning_gradmetrics.compat.gradient_metrics.verification import DisagreementError, Record, Verification
-from lightning_gradmetrics.engine.passes.plan import PlanError
+from lightning_gradmetrics.compat.gradient_metrics.verification import Record, Verification
+from lightning_gradmetrics.engine.passes.plan import DisagreementError, PlanError
 from lightning_gradmetrics.engine.uses import Use, combined
 
 __all__ = ["collect"]

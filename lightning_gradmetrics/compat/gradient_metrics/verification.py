@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from lightning_gradmetrics.engine.kernels.reduction import CHUNK_ENTRIES
-from lightning_gradmetrics.engine.passes.plan import PlanError
+from lightning_gradmetrics.engine.passes.plan import DisagreementError
 from lightning_gradmetrics.engine.uses import Use
 from lightning_gradmetrics.gradients.statistics import accumulator
 
-__all__ = ["DisagreementError", "Record", "Verification"]
+__all__ = ["Record", "Verification"]
 
 TOLERANCES = {torch.float64: 1e-7, torch.float32: 1e-3}
 HALF_TOLERANCE = 5e-2
@@ -23,10 +23,6 @@ FLOOR = 1e-3
 
 TRIALS = 3
 """Number of comparisons after which a gradient that consists of rounding errors counts as verified."""
-
-
-class DisagreementError(PlanError):
-    """Raised if collected gradients differ from autograd's."""
 
 
 class Record:

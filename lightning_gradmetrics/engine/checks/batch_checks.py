@@ -82,8 +82,6 @@ class BatchChecks:
             self.is_covered = self._covers(logits, tracer, readers)
         if not self.is_covered:
             self._require_verified()
-            if strategy.plan is not None and strategy.plan.sorts:
-                raise PlanError("only a proof shows the order of sorted rows")
             self.hides_gradients = tracer is not None and runs_users_code(logits)
             self._check_unproven(logits, None if tracer is None else tracer.outline)
         if strategy.random:
@@ -138,8 +136,6 @@ class BatchChecks:
             return
         self._require_verified()
         self.is_covered, strategy.sizes = False, None
-        if strategy.plan is not None and strategy.plan.sorts:
-            raise PlanError("only a proof shows the order of sorted rows")
         strategy.alone = ALONE_IF_NEW if alone.reads == outline.reads and has_unit_sizes else EVERY_SAMPLE
         check_precisions(self.task, outline, alone)
         self._check_unproven(self.logits[-1], outline)
@@ -151,8 +147,15 @@ class BatchChecks:
             raise PlanError("the proof does not cover the batch with which its plan would be verified")
 
     def _check_unproven(self, logits: Tensor, outline: Outline | None) -> None:
-        """Compare samples with the same samples run alone and, for a new batch size, the batch with its halves."""
+        """Compare samples with the same samples run alone and, for a new batch size, the batch with its halves.
+
+        Raises:
+            CoupledSamplesError: If samples depend on each other.
+            PlanError: If the plan has sorted rows, whose order only a proof shows.
+        """
         task, strategy, state = self.task, self.strategy, self.state
+        if strategy.plan is not None and strategy.plan.sorts:
+            raise PlanError("only a proof shows the order of sorted rows")
         new_size = all(task.size != size for _, size in strategy.times)
         strategy.turn += 1
         if strategy.random:

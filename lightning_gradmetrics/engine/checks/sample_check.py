@@ -18,7 +18,7 @@ from lightning_gradmetrics.engine.passes.agreement import (
 from lightning_gradmetrics.engine.passes.expected import Expected, consumed
 from lightning_gradmetrics.engine.passes.folding import folded_logits
 from lightning_gradmetrics.engine.passes.gather import MomentTable
-from lightning_gradmetrics.engine.passes.plan import Plan, PlanError
+from lightning_gradmetrics.engine.passes.plan import DisagreementError, Plan, PlanError
 from lightning_gradmetrics.engine.reference import loss_gradients
 from lightning_gradmetrics.engine.refusals import coupled_model
 from lightning_gradmetrics.engine.task import Task
@@ -28,7 +28,6 @@ from lightning_gradmetrics.gradients.precision import rounding
 from lightning_gradmetrics.gradients.scaling import rescaled_moments
 
 __all__ = [
-    "DISAGREES",
     "MOST_VERIFIED",
     "check_draw",
     "Compared",
@@ -37,10 +36,6 @@ __all__ = [
     "check_some_samples",
     "verify_by_samples",
 ]
-
-
-DISAGREES = "the gradients of a sample disagree with autograd"
-"""The reason if the moments of a sample in a batch are not those of its gradients alone."""
 
 MOST_COMPARED = 1024
 """Largest number of paths of which is stored what was compared."""
@@ -150,7 +145,7 @@ def check_draw(table: MomentTable, names: Collection[str], laid_out: Task, state
     logits = _logits(table, task, state)
     for number in {0, size - 1, *_some_numbers(size, DRAWN)}:
         if not _agree_on_sample(table, number, task, logits, number):
-            raise PlanError(DISAGREES)
+            raise _disagreement()
 
 
 def _some_numbers(size: int, count: int) -> list[int]:
@@ -185,9 +180,12 @@ def check_sample(
     del logits
     if agrees or (is_close and _agrees_as_it_ran(table, number, laid_out.restricted(names), state, notes)):
         return outline
-    error = PlanError(DISAGREES)
-    error.sample = number
-    raise error
+    raise _disagreement(number)
+
+
+def _disagreement(sample: int | None = None) -> DisagreementError:
+    """Return the error for a sample whose moments in a batch are not those of its gradients alone."""
+    return DisagreementError("the gradients of a sample disagree with autograd", sample)
 
 
 def _agrees_as_it_ran(

@@ -25,16 +25,24 @@ class PlanError(Exception):
         message: The reason.
         step: The number of the failed step, or ``None``.
         names: The parameters concerned, if the failed step has no number.
-
-    Attributes:
-        sample: The number of the sample for which the results are wrong, if it is known.
     """
-
-    sample: int | None = None
 
     def __init__(self, message: str, step: int | None = None, names: frozenset[str] = frozenset()) -> None:
         super().__init__(message)
         self.step, self.names = step, names
+
+
+class DisagreementError(PlanError):
+    """Collected gradients differ from those of autograd.
+
+    Args:
+        message: The reason.
+        sample: The number of the sample for which they differ, if it is known.
+    """
+
+    def __init__(self, message: str, sample: int | None = None) -> None:
+        super().__init__(message)
+        self.sample = sample
 
 
 @dataclass(frozen=True)

@@ -223,8 +223,10 @@ class Facts:
 
     def samples(self, serials: Iterable[int]) -> list[Layout | None]:
         """Return where the samples are in some tensors; ``None`` for tensors without samples."""
-        facts = self.of(serials)
-        return [fact.layout if isinstance(fact, Samples) else None for fact in facts]
+        layouts: list[Layout | None] = []
+        for fact in self.of(serials):
+            layouts.append(fact.layout if isinstance(fact, Samples) else None)
+        return layouts
 
     def memory(self, keys: Iterable[int]) -> list[Memory]:
         """Return the states of some pieces of memory."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,9 +49,6 @@ CANCELLING = ("native_group_norm",)
 
 The variance of a group norm is ``E[x^2] - E[x]^2`` there, which cancels if the mean is larger than the deviation.
 """
-
-DISAGREES = "its fast rule disagrees with autograd on a probe"
-"""Why the gradients of a parameter are computed in a slower way, if the moments of a plan are other ones."""
 
 
 def make_strategy(task: Task, on_batch: bool = False) -> Strategy:
@@ -146,17 +144,17 @@ def _planned(task: Task, on_batch: bool, is_laid_out: bool = False) -> Strategy:
         strategy.verified, strategy.parts = False, probe.parts
         return strategy
     if probe.alone_because:
-        plan, outline = None, Outline()
+        plan, outline, disagreeing = None, Outline(), frozenset[str]()
         slow = dict.fromkeys(task.parameters, probe.alone_because)
     else:
-        plan, slow, outline = _covered(probe, probe.plan, state)
+        plan, slow, outline, disagreeing = _covered(probe, probe.plan, state)
     if plan is not None and slow:
-        _, others, outline_of_owners = _covered(probe, None, state)
-        if len(others) < len(slow):
-            plan, slow, outline = None, others, outline_of_owners
+        by_owners = _covered(probe, None, state)
+        if len(by_owners.slow) < len(slow):
+            plan, slow, outline, disagreeing = by_owners
     slow = {**slow, **hooked}
     state.restore()
-    if DISAGREES in slow.values():  # also those of a model that counts its passes in a place that is not restored
+    if disagreeing - hooked.keys():  # also in a model that counts its passes in a place that is not restored
         check_few_samples(probe.task, state)
     if slow:
         _check_backward(probe, slow, state)
@@ -202,13 +200,29 @@ def _with_hooks(task: Task) -> dict[str, str]:
     return hooked
 
 
-def _covered(probe: Probe, plan: Plan | None, state: ForwardState) -> tuple[Plan | None, dict[str, str], Outline]:
-    """Return the plan without steps that fail, the parameters with wrong results, with reasons, and the calls."""
+class _Coverage(NamedTuple):
+    """What a plan, or recovered owners, can compute of a probe.
+
+    Args:
+        plan: The plan without steps that fail; ``None`` for recovered owners.
+        slow: The parameters that need slower ways, with reasons.
+        outline: The calls.
+        disagreeing: The parameters whose results differ from those of autograd.
+    """
+
+    plan: Plan | None
+    slow: dict[str, str]
+    outline: Outline
+    disagreeing: frozenset[str] = frozenset()
+
+
+def _covered(probe: Probe, plan: Plan | None, state: ForwardState) -> _Coverage:
+    """Return what a plan, or recovered owners without one, can compute of a probe."""
     slow: dict[str, str] = {} if plan is None else dict(plan.uncovered)
     while True:
         names = [name for name in probe.task.parameters if name not in slow]
         if not names:
-            return plan, slow, Outline()
+            return _Coverage(plan, slow, Outline())
         state.restore()
         table, notes = MomentTable(probe.task.restricted(names), scaled=True), VerificationNotes()
         try:
@@ -223,8 +237,11 @@ def _covered(probe: Probe, plan: Plan | None, state: ForwardState) -> tuple[Plan
     for name, reason in notes.failures.items():
         if name in names:
             wrong[name] = reason
-    wrong.update(_disagreements(probe, table, notes.scales, set(names) - wrong.keys()))
-    return plan, {**slow, **wrong}, outline
+    disagreeing = _disagreeing(probe, table, notes.scales, set(names) - wrong.keys())
+    for name in names:
+        if name in disagreeing:
+            wrong[name] = "its fast rule disagrees with autograd on a probe"
+    return _Coverage(plan, {**slow, **wrong}, outline, disagreeing)
 
 
 def _alone(probe: Probe, plan: Plan | None) -> int:
@@ -271,14 +288,14 @@ def _gradients(probe: Probe, names: Collection[str], objective: int, number: int
     return dict(zip(parameters, gradients, strict=True))
 
 
-def _disagreements(
+def _disagreeing(
     probe: Probe, table: MomentTable, scales: Mapping[str, float], names: Collection[str]
-) -> dict[str, str]:
+) -> frozenset[str]:
     """Return the parameters whose moments disagree with autograd's gradients.
 
     The middle sample reveals a wrong order of rows; the other samples are compared too if one of its gradients is zero.
     """
-    wrong: dict[str, str] = {}
+    wrong: set[str] = set()
     for objective in range(len(probe.losses)):
         unseen = set(names)
         for number in (1, 0, 2):
@@ -291,10 +308,10 @@ def _disagreements(
             agrees = agreeing(moments, map(gradients.pop, compared), [scales[name] for name in compared])
             for name, is_zero, is_right in zip(compared, are_zero, agrees.tolist(), strict=True):
                 if not is_right:
-                    wrong[name] = DISAGREES
+                    wrong.add(name)
                 if not is_zero:
                     unseen.discard(name)
-    return wrong
+    return frozenset(wrong)
 
 
 def _check_backward(probe: Probe, names: Collection[str], state: ForwardState) -> None:
