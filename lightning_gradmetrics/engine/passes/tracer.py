@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,10 +15,11 @@ from torch.utils.checkpoint import _StopRecomputationError
 
 from lightning_gradmetrics.engine.derivation import pulled_back
 from lightning_gradmetrics.engine.passes.agreement import VerificationNotes
-from lightning_gradmetrics.engine.passes.mapped_calls import mapped_call
+from lightning_gradmetrics.engine.passes.copied_parameters import aligned_copies, broadcast_arguments, mapped_call
 from lightning_gradmetrics.engine.passes.plan import Plan, PlanError, Source, Step
 from lightning_gradmetrics.engine.passes.row_sums import RowSums
-from lightning_gradmetrics.engine.passes.sorted_rows import SortedRows
+from lightning_gradmetrics.engine.passes.sorted_rows import GroupedProduct, LookUp, SortedCall
+from lightning_gradmetrics.engine.passes.tracer_state import TracerState
 from lightning_gradmetrics.engine.rules import RULES, Call, Rule, bind
 from lightning_gradmetrics.engine.tracing.axes import Axis, axis_of
 from lightning_gradmetrics.engine.tracing.calls import (
@@ -38,7 +39,7 @@ Sink = Callable[[str, Use], None]
 _UNGUARDED = nullcontext()
 
 
-class Tracer(SortedRows):
+class Tracer(TracerState):
     """A forward pass that passes the per-sample gradients of chosen parameters to ``sink`` in each backward pass.
 
     The parameters must not require gradients. The mode is active during the forward pass and, for activation
@@ -209,6 +210,40 @@ class Tracer(SortedRows):
         args, kwargs = rule.made_dense(values, args, kwargs)
         return self._rooted(step, step.function(*args, **kwargs))
 
+    def _grouped(self, step: Step, args: Any, kwargs: Any) -> Tensor:
+        """Run a product of sorted rows; the indices of the sort show the sample of each row."""
+        self._require_plain_pass()
+        rule = RULES[step.function]
+        slots = self._slots(bind(rule, args, kwargs) or {})
+        args, kwargs = self._cut(args), self._cut(kwargs)
+        values = bind(rule, args, kwargs) or {}
+        values["owners"] = self.sorts.owners_in_groups(values)
+        axis = Axis(0, len(values["owners"]) // self.size)
+        call = Call(values, axis, axis, frozenset(slots))
+        result = self._rooted(step, step.function(*args, **kwargs))
+        return self._collect_sorted(GroupedProduct(rule, call, slots, values["input"]._version), result)
+
+    def _looked_up(self, step: Step, args: Any, kwargs: Any) -> Tensor:
+        """Look up rows of a table by an integer of each sorted row."""
+        self._require_plain_pass()
+        table, index = self._cut(args)
+        (source,) = step.sources
+        owners = self.sorts.owners_in_order(step.sort, len(index))
+        axis = Axis(0, len(owners) // self.size)
+        result = self._rooted(step, step.function(table, index))
+        call = LookUp(source, tuple(table.shape), index.remainder(len(table)), owners, axis)
+        return self._collect_sorted(call, result)
+
+    def _require_plain_pass(self) -> None:
+        if not self._collecting or self._recomputes or self.recorder is not None:
+            raise PlanError("sorted rows are no part of a checkpoint or a known path")
+
+    def _collect_sorted(self, call: SortedCall, result: Tensor) -> Tensor:
+        for source in call.sources:
+            self._expect(source)
+        result.register_hook(partial(self._sorted_gradient, call))  # type: ignore[no-untyped-call]
+        return result
+
     def _fitted(self, axis: Axis, shape: Sequence[int]) -> Axis:
         """Return the axis with the number of positions per sample that a tensor has on it.
 
@@ -240,34 +275,18 @@ class Tracer(SortedRows):
     def _broadcast(self, step: Step, args: Any, kwargs: Any) -> Any:
         """Run with a copy for each sample, aligned to the axes of the output."""
         assert step.output is not None
-        axis, function = step.output, step.function
-        name = getattr(function, "__name__", "")
-        ndim = max(map(Tensor.dim, tensors_in((args, kwargs))))
-        if name in ("expand", "broadcast_to", "repeat", "tile"):
-            sizes = args[1:] or tuple(kwargs.values())
-            sizes = list(sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes)
-            ndim = max(ndim, len(sizes))
-            if name in ("repeat", "tile"):
-                sizes[axis.dim - ndim] = 1
-                args, kwargs = (args[0], tuple(sizes)), {}
+        axis = step.output
+        args, kwargs, ndim = broadcast_arguments(step.function, args, kwargs, axis)
         if self.free and axis.times > 1:
             lengths = [t.shape[axis.dim - ndim] for t in tensors_in((args, kwargs)) if t.ndim >= ndim - axis.dim]
             axis = replace(axis, times=max(1, max(lengths) // self.size))
         args, kwargs = map_arguments(lambda t: self._aligned(t, axis, ndim), (args, kwargs))
-        result = function(*args, **kwargs)
+        result = step.function(*args, **kwargs)
         self._fitted(axis, result.shape)
         return result
 
     def _aligned(self, tensor: Tensor, axis: Axis, ndim: int) -> Tensor:
-        if id(tensor) not in self._tracked:
-            return tensor
-        copies = self._copies(tensor)
-        full = copies.reshape(self.size, *(1,) * (ndim - tensor.ndim), *tensor.shape)
-        if full.shape[axis.dim + 1] != 1:
-            raise PlanError("a parameter covers the sample axis")
-        spread = full.unsqueeze(1).expand(self.size, axis.times, *full.shape[1:])
-        rows = (spread.transpose(0, 1) if axis.minor else spread).flatten(0, 1)
-        return rows.squeeze(axis.dim + 1).movedim(0, axis.dim)
+        return aligned_copies(self._copies(tensor), axis, ndim) if id(tensor) in self._tracked else tensor
 
     def _vmap(self, step: Step, args: Any, kwargs: Any) -> Any:
         """Map the function over the samples, with a copy of the parameters for each."""
@@ -325,14 +344,16 @@ class Tracer(SortedRows):
         if self._last:  # the graph keeps this hook, and so the layer's input, until the whole pass ends
             call.values.clear()
 
-    @contextmanager
-    def _collecting_from(self, sources: Collection[Source], x: Tensor, g: Tensor, axis: Axis) -> Iterator[None]:
-        """Note the magnitude of gradients during verification, and run the block as other computations of uses."""
-        with self._silence, self._guarded(sources):
-            self._scale(sources, x, g, axis)
+    def _sorted_gradient(self, call: SortedCall, g: Tensor) -> None:
+        x, rows = call.factors(g)
+        with self._silence, self._guarded(call.sources):
+            self._scale(call.sources, x, rows, call.axis)
             if self.rows is not None:
-                self.rows.leave_out(self._names(sources))
-            yield
+                self.rows.leave_out(self._names(call.sources))
+            for source, use in call.uses(g):
+                self._arrive(source, use)
+        if self._last:
+            call.clear()
 
     def _guarded(self, sources: Iterable[Source]) -> AbstractContextManager[None]:
         """During verification, attribute an error to the parameters that it concerns."""

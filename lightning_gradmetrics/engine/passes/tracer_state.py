@@ -13,13 +13,14 @@ from torch.nn import functional as F
 
 from lightning_gradmetrics.engine.passes.path_record import PathRecorder
 from lightning_gradmetrics.engine.passes.plan import Plan, PlanError, Source, Step
+from lightning_gradmetrics.engine.passes.sorted_rows import SortWatch
 from lightning_gradmetrics.engine.rules import RULES, bind
 from lightning_gradmetrics.engine.tracing.calls import OpeningMode, map_arguments
 from lightning_gradmetrics.engine.tracing.graph import with_graph
 from lightning_gradmetrics.engine.tracing.host_reads import READING, ReadWatch, tensors_read
 from lightning_gradmetrics.engine.tracing.masks import MaskWatch, selecting_mask
 from lightning_gradmetrics.engine.tracing.outline import Outline
-from lightning_gradmetrics.engine.tracing.sorts import GROUPED_PRODUCTS, SortedKeys, keys_of_sort
+from lightning_gradmetrics.engine.tracing.sorts import GROUPED_PRODUCTS
 
 __all__ = ["TracerState"]
 
@@ -43,8 +44,6 @@ class TracerState(OpeningMode):
         super().__init__()
         self.plan, self.parameters, self.size = plan, parameters, size
         self.recorder: PathRecorder | None = None
-        self.sorts: list[SortedKeys] = []
-        self._groups = 0
         self.whole = GROUPED_PRODUCTS if plan.sorts else frozenset()
         self.device = next(iter(parameters.values())).device
 
@@ -103,10 +102,9 @@ class TracerState(OpeningMode):
     def _watch_reads(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Compare a value that Python reads with the planned one: the model may branch on it."""
         if self.plan.sorts and not self._open:
-            keys = keys_of_sort(func, args, result)
-            self.sorts += [] if keys is None else [keys]
+            self.sorts.add(func, args, result)
             if func in GROUPED_PRODUCTS:
-                self._owners_in_groups(bind(RULES[func], args, kwargs) or {})
+                self.sorts.owners_in_groups(bind(RULES[func], args, kwargs) or {})
         if type(result) is Tensor and result.ndim and getattr(func, "__name__", "") not in READING:
             return
         read, value = tensors_read(func, args, kwargs, result)
@@ -116,39 +114,6 @@ class TracerState(OpeningMode):
             if not self.reads.matches(value, self.reads.reductions.of_read(func, args, tensor, result)):
                 raise PlanError("Python reads a different value from a tensor than planned")
 
-    def _owners_in_groups(self, values: Mapping[str, Any]) -> Tensor:
-        """Return the sample of each row of a product of groups, ``(R,)``.
-
-        Args:
-            values: The arguments of the product by name.
-
-        Raises:
-            PlanError: If the groups are not those of the planned sort.
-        """
-        number, self._groups = self._groups, self._groups + 1
-        if number >= len(self.plan.sorts):
-            raise PlanError("the model multiplies more groups of rows than planned")
-        owners = self._owners_in_order(self.plan.sorts[number], len(values["input"]))
-        with torch._C.DisableTorchFunction(), torch.no_grad():
-            if not self.sorts[self.plan.sorts[number]].ends_at(values["offs"]):
-                raise PlanError("the groups of rows are not those of the planned sort")
-        return owners
-
-    def _owners_in_order(self, sort: int, count: int) -> Tensor:
-        """Return the sample of each of some rows in the order of a sort, ``(R,)``.
-
-        Args:
-            sort: The number of the sort.
-            count: The number of rows.
-
-        Raises:
-            PlanError: If it has not sorted as many.
-        """
-        if sort >= len(self.sorts) or len(self.sorts[sort].indices) != count or count % self.size:
-            raise PlanError("the model sorts other rows than planned")
-        with torch._C.DisableTorchFunction(), torch.no_grad():
-            return self.sorts[sort].owners(self.size)
-
     def require_masks(self) -> None:
         """Require that all planned masks and groups of rows were compared.
 
@@ -157,8 +122,8 @@ class TracerState(OpeningMode):
         """
         if self.plan.masks and self.masks.seen != len(self.plan.masks):
             raise PlanError("the model selects rows by other masks than planned")
-        if self._groups != len(self.plan.sorts):
-            raise PlanError("the model multiplies fewer groups of rows than planned")
+        if self.plan.sorts:
+            self.sorts.require_all()
 
     @cached_property
     def outline(self) -> Outline:
@@ -174,6 +139,11 @@ class TracerState(OpeningMode):
     def masks(self) -> MaskWatch:
         """The masks that select rows."""
         return MaskWatch(self.plan.masks, self.size)
+
+    @cached_property
+    def sorts(self) -> SortWatch:
+        """The sorts, and the groups of sorted rows."""
+        return SortWatch(self.plan.sorts, self.size)
 
     @cached_property
     def anchor(self) -> Tensor:
