@@ -168,6 +168,27 @@ def _changed_inverse(model, rows, weights, experts):
     return products[inverse].view(len(rows), -1, WIDTH).sum(1)
 
 
+def _read_by_a_view(model, rows, weights, experts):
+    """A view of samples that are replaced by the inverse of the sort."""
+    order = _Sorted(experts)
+    products = torch._grouped_mm(rows[order.tokens], model.first, offs=order.ends())
+    inverse = order.experts.clone()
+    view = inverse.view(-1)
+    inverse[order.places] = torch.arange(len(order.places))
+    back = products[inverse] * (1 + view.unsqueeze(1) / 100)
+    return back.view(len(rows), -1, WIDTH).sum(1)
+
+
+def _mirrored_inverse(model, rows, weights, experts):
+    """The numbers of the rows from the end, as negative numbers."""
+    order = _Sorted(experts)
+    products = torch._grouped_mm(rows[order.tokens], model.first, offs=order.ends())
+    inverse, numbers = torch.empty_like(order.places), torch.arange(len(order.places))
+    numbers.view(-1).neg_()
+    inverse[order.places] = numbers
+    return products[inverse].view(len(rows), -1, WIDTH).sum(1)
+
+
 def _changed_keys(model, rows, weights, experts):
     """Counts keys that are others than those of the sort."""
     order = _Sorted(experts)
@@ -239,6 +260,7 @@ def _descending(model, rows, weights, experts):
 
 
 _COUPLED = [_by_popularity, _not_put_back, _put_back_twice, _changed_inverse, _changed_keys, _other_sort]
+_INVERSES = [_read_by_a_view, _mirrored_inverse]
 _MORE = [_sorted_twice, _other_inverse, _bias_by_place, _mean_in_place, _changed_by_a_view]
 _OTHERS = [_gate_between_rows, _neighbours, _by_place, _places_as_values, _descending]
 
@@ -290,7 +312,7 @@ def test_rows_that_are_put_back_are_proven_to_stay_apart(mix) -> None:
 
 @needs_grouped_products
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("mix", [*_COUPLED, *_MORE, *_OTHERS])
+@pytest.mark.parametrize("mix", [*_COUPLED, *_INVERSES, *_MORE, *_OTHERS])
 def test_sorted_rows_that_depend_on_others_are_not_proven_and_refused_or_exact(mix) -> None:
     model = _Model(mix).eval()
     assert not _is_proven(model, next(_batches()))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from lightning_gradmetrics.engine.planning.proof_facts import (
     Counts,
     Ends,
+    Equal,
     Facts,
     Inverse,
     Places,
@@ -145,12 +146,18 @@ class RowOrders:
         return True
 
     def _inverts(self, operation: Operation) -> bool:
-        """Note an assignment ``inverse[places] = 0, 1, ...`` for all places; return whether it is one."""
+        """Note an assignment ``inverse[places] = 0, 1, ...`` for all places; return whether it is one.
+
+        Other tensors with the memory of the target get the same numbers, so it must be a new one without samples.
+        """
         if len(operation.inputs) != 3 or operation.hidden or operation.arguments.get("accumulate"):
             return False
-        _, places, values = self.facts.of(operation.input_serials)
+        inverse, places, values = self.facts.of(operation.input_serials)
+        is_new = isinstance(inverse, Equal) and not any(
+            memory.written for memory in self.facts.memory(operation.memory)
+        )
         target, shape = operation.inputs[0], operation.inputs[2]
-        if not target == operation.inputs[1] == shape or len(shape) != 1:
+        if not is_new or not target == operation.inputs[1] == shape or len(shape) != 1:
             return False
         if not isinstance(places, Places) or places.divisor != 1 or not (isinstance(values, Range) and values.is_whole):
             return False
