@@ -22,13 +22,7 @@ from torch.nn.utils import parametrize
 
 from lightning_gradmetrics.classifier.forward import Inputs
 from lightning_gradmetrics.classifier.preservation import ModelRecord
-from lightning_gradmetrics.engine.compilation.forward_guards import (
-    ForwardGuards,
-    ReachedGraph,
-    Trace,
-    TraceRefused,
-    UserCode,
-)
+from lightning_gradmetrics.engine.compilation.forward_guards import ForwardGuards, ReachedGraph, Trace, TraceRefused
 from lightning_gradmetrics.engine.compilation.program import (
     OutOfRange,
     Program,
@@ -36,6 +30,7 @@ from lightning_gradmetrics.engine.compilation.program import (
     is_transformed,
     settings_of,
 )
+from lightning_gradmetrics.engine.compilation.user_code import UserCode
 from lightning_gradmetrics.engine.inputs.samples import close_rows
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.engine.tracing.model_state import ForwardState
