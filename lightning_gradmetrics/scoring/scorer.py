@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,32 +11,26 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradmetrics.classifier.forward import (
-    call,
     gradients_enabled,
     logits_in,
     logits_of,
     map_tensors,
     preserved,
-    with_two_classes,
 )
 from lightning_gradmetrics.classifier.head import returning_logits
 from lightning_gradmetrics.classifier.observation import redirected
-from lightning_gradmetrics.classifier.sample_axis import tensors_with_samples
 from lightning_gradmetrics.engine import gradient_statistics
-from lightning_gradmetrics.engine.api import ENGINES, eager
-from lightning_gradmetrics.engine.inputs.shared_inputs import sample_flags
+from lightning_gradmetrics.engine.api import ENGINES
 from lightning_gradmetrics.gradients.objectives import Objective
 from lightning_gradmetrics.gradients.statistics import GradientStatistics, Moment, result_dtype
-from lightning_gradmetrics.scoring.agreement import LOGITS_OF_PARTS, OTHER_LOGITS, are_close, check_same_logits
+from lightning_gradmetrics.scoring.agreement import are_close
 from lightning_gradmetrics.scoring.batch import ObservedBatch
 from lightning_gradmetrics.scoring.dry_run import Needs, needs_of
 from lightning_gradmetrics.scoring.evidence import Evidence, Target, by_passes, parameter_filter
 from lightning_gradmetrics.scoring.evidence_checks import (
-    NO_SAMPLE_AXIS,
     check_first_rows,
     check_parameters,
     has_two_sample_axes,
-    is_row_wise,
     label_problem,
 )
 from lightning_gradmetrics.scoring.fitted import FittedScore
@@ -44,6 +38,7 @@ from lightning_gradmetrics.scoring.layer_rows import MixedRowsError, find_sample
 from lightning_gradmetrics.scoring.logit_checks import check_logits, known_labels, not_per_position, two_columns
 from lightning_gradmetrics.scoring.positions import by_blocks
 from lightning_gradmetrics.scoring.registry import Score
+from lightning_gradmetrics.scoring.repeated_call import RepeatedCall
 from lightning_gradmetrics.scoring.states import check_head
 
 __all__ = ["Scorer"]
@@ -115,10 +110,11 @@ class Scorer:
             return self._evidence_of_positions(batch, needs, labels, head)
         if needs.labels:
             self.check_labels(labels, batch.logits, batch.dataset)
+        repeated = RepeatedCall(model, batch, self.head, self.logits_fn)
         if needs.gradients or needs.probes:
-            self._check_repeatable(model, batch)
-            self._find_sample_axes(model, batch, needs)
-        gradients, probes = _gradients(self, needs, model, batch, labels), _probes(self, needs, model, batch)
+            self._check_repeatable(repeated)
+            _find_sample_axes(repeated, needs)
+        gradients, probes = _gradients(repeated, needs, self.engine, labels), _probes(repeated, needs)
         return Evidence(
             batch.logits, batch.features, labels, batch.ood, gradients, probes, head, batch.one_logit, batch.slope
         )
@@ -173,133 +169,72 @@ class Scorer:
             names = ", ".join(repr(score.name) for score in self.scores if score.needs.labels)
             raise ValueError(f"{f'the score {names}' if names else 'the profile'} needs {problem}")
 
-    def _check_repeatable(self, model: nn.Module, batch: ObservedBatch) -> None:
+    def _check_repeatable(self, repeated: RepeatedCall) -> None:
         """Check once, before the first gradient, that the forward pass can be repeated, even for single samples.
 
         Raises:
             ValueError: If the inputs are unknown or have no sample axis, or a second forward pass differs.
         """
-        kind = type(model).__name__
+        model, batch = repeated.model, repeated.batch
         check_parameters(model)
-        if batch.inputs is None:
-            raise ValueError(
-                f"the step does not call {kind} with known inputs, which scores over more than the head need. "
-                "Pass submodule=, the part of the model that the step calls"
-            )
-        first = next(iter(tensors_with_samples(model, batch.inputs, batch.sample_axis)), None)
-        if first is None or not is_row_wise(first, batch.size):
-            raise ValueError(f"the inputs of {kind} {NO_SAMPLE_AXIS}")
-        needs = self.needs(batch.logits.shape[1])
+        first, needs = repeated.first_input(), self.needs(batch.logits.shape[1])
         is_observed = not needs.gradients and needs.probes == list(batch.observed)
         if self._is_checked or (is_observed and not has_two_sample_axes(first)):
             return
         self._is_checked = True
         few = min(2, batch.size - 1)
         if not few:
-            self._check_forward(model, batch)
+            repeated.check()
             return
-        flags = self._flags(model, batch)
+        flags = repeated.flags()
         try:
-            check_first_rows(lambda: self._forward(model, batch, range(few), flags), batch.logits[:few], kind)
+            first_rows = batch.logits[:few]
+            check_first_rows(lambda: repeated.logits(range(few), flags), first_rows, type(model).__name__)
         except ValueError:
-            self._check_forward(model, batch)
-            if not self._is_random(model, batch):
+            repeated.check()
+            if not repeated.is_random():
                 raise
 
-    def _find_sample_axes(self, model: nn.Module, batch: ObservedBatch, needs: Needs) -> None:
-        """Find the axes of the samples in the layers that probes read, before the first batch of three or more samples.
 
-        Raises:
-            MixedRowsError: If the rows of a layer are not those of the samples.
-        """
-        layers: list[nn.Module] = []
-        for probe in needs.probes:
-            read = getattr(probe, "layers_read", None)
-            layers += [] if read is None else read(model)
-        unknown = [layer for layer in dict.fromkeys(layers) if not has_known_axes(layer, batch.size)]
-        if not unknown:
-            return
-        flags = self._flags(model, batch)
-        try:
-            find_sample_axes(unknown, lambda samples: self._forward(model, batch, samples, flags), batch.size)
-        except MixedRowsError:
-            if not self._is_random(model, batch):
-                raise
+def _find_sample_axes(repeated: RepeatedCall, needs: Needs) -> None:
+    """Find the axes of the samples in the layers that probes read, before the first batch of three or more samples.
 
-    def _check_forward(self, model: nn.Module, batch: ObservedBatch) -> None:
-        """Refuse a model whose second forward pass on the batch returns different logits."""
-        logits = self._forward(model, batch)
-        problem = LOGITS_OF_PARTS if batch.called is None else OTHER_LOGITS
-        check_same_logits(logits, batch.logits, f"{type(model).__name__} {problem}")
-
-    def _is_random(self, model: nn.Module, batch: ObservedBatch) -> bool:
-        """Return whether the model draws random numbers, so that logits of a batch and of part of it differ."""
-        with preserved(model):
-            torch.rand((), device=batch.logits.device)
-            logits = self._forward(model, batch)
-        return not are_close(logits, batch.logits)
-
-    def _flags(self, model: nn.Module, batch: ObservedBatch) -> tuple[bool, ...]:
-        """Return for each tensor of the inputs whether it has one row per sample. The model runs on parts of the batch only.
-
-        Raises:
-            SampleAxisError: If that is ambiguous.
-        """
-
-        def forward(samples: Sequence[int] | None, flags: Sequence[bool]) -> Tensor:
-            return batch.logits if samples is None else self._forward(model, batch, samples, flags)
-
-        return sample_flags(model, batch.inputs, batch.size, forward, batch.sample_axis)  # type: ignore[arg-type]
-
-    def _forward(
-        self,
-        model: nn.Module,
-        batch: ObservedBatch,
-        samples: Sequence[int] | None = None,
-        flags: Sequence[bool] = (),
-        with_graph: bool = False,
-    ) -> Tensor:
-        """Return the logits of some samples of the batch, or of all, by a forward pass on them alone.
-
-        Args:
-            model: The model.
-            batch: The batch.
-            samples: The numbers of the samples; ``None`` for all.
-            flags: For each tensor of the inputs, whether it has one row per sample.
-            with_graph: Whether the logits have a graph.
-        """
-        has_samples = iter(flags)
-
-        def picked(tensor: Tensor) -> Tensor:
-            return tensor[list(samples)] if samples is not None and next(has_samples) else tensor.clone()
-
-        with preserved(model), torch.set_grad_enabled(with_graph), eager(), self._made_to_return_logits(model, batch):
-            logits: Tensor = call(model, map_tensors(batch.inputs, picked))
-        return with_two_classes(logits) if batch.one_logit else logits
-
-    @contextmanager
-    def _made_to_return_logits(self, model: nn.Module, batch: ObservedBatch) -> Iterator[None]:
-        """Make calls of the model inside the block repeat the observed call and return its logits."""
-        with redirected(model, batch.called or model), returning_logits(model, self.head, self.logits_fn):
-            yield
+    Raises:
+        MixedRowsError: If the rows of a layer are not those of the samples.
+    """
+    layers: list[nn.Module] = []
+    for probe in needs.probes:
+        read = getattr(probe, "layers_read", None)
+        layers += [] if read is None else read(repeated.model)
+    size = repeated.batch.size
+    unknown = [layer for layer in dict.fromkeys(layers) if not has_known_axes(layer, size)]
+    if not unknown:
+        return
+    flags = repeated.flags()
+    try:
+        find_sample_axes(unknown, lambda samples: repeated.logits(samples, flags), size)
+    except MixedRowsError:
+        if not repeated.is_random():
+            raise
 
 
 def _gradients(
-    scorer: Scorer, needs: Needs, model: nn.Module, batch: ObservedBatch, labels: Tensor | None
+    repeated: RepeatedCall, needs: Needs, engine: str, labels: Tensor | None
 ) -> dict[tuple[Target, Objective], GradientStatistics]:
     """Return statistics for every target and objective, by one forward pass and one backward pass per objective."""
     if not needs.gradients:
         return {}
+    model, batch, head = repeated.model, repeated.batch, repeated.head
     filters = {target: parameter_filter(target) for target in needs.gradients}
     objectives, moments = _wanted(needs)
-    logits_fn = scorer.logits_fn if scorer.head is None else logits_of
+    logits_fn = repeated.logits_fn if head is None else logits_of
     witness = _Witness(batch.logits, two_columns(logits_fn) if batch.one_logit else logits_fn)
 
     def chosen(name: str) -> bool:
         return any(accepts is None or accepts(name) for accepts in filters.values())
 
     # A softmax or a scaling may follow a named head; then the model must return the head's output.
-    named = returning_logits(model, scorer.head, logits_of) if scorer.head is not None else nullcontext()
+    named = returning_logits(model, head, logits_of) if head is not None else nullcontext()
     with redirected(model, batch.called or model), named:
         results = gradient_statistics(
             model,
@@ -310,18 +245,16 @@ def _gradients(
             statistics=_statistic_names(moments),
             targets=labels,
             logits=witness,
-            engine=scorer.engine,
+            engine=engine,
             sample_axis=batch.sample_axis,
         )
-    if witness.seen is not None and not witness.seen.requires_grad and not _has_graph(scorer, model, batch):
+    if witness.seen is not None and not witness.seen.requires_grad and not repeated.has_graph():
         raise ValueError(
             f"the logits of {type(model).__name__} have no gradient: its forward runs under torch.no_grad, or detaches its output. "
             "Remove that, or choose scores of the logits and of the head"
         )
-    if witness.seen is None or not are_close(
-        witness.seen.detach(), batch.logits
-    ):  # the logits may come from another pass
-        scorer._check_forward(model, batch)
+    if witness.seen is None or not are_close(witness.seen.detach(), batch.logits):  # they may come from another pass
+        repeated.check()
     by_objective = dict(zip(objectives, results, strict=True))
     gradients = {}
     for target, accepts in filters.items():
@@ -333,19 +266,6 @@ def _gradients(
         for objective in needs.gradients[target]:
             gradients[target, objective] = by_objective[objective].select(accepts)
     return gradients
-
-
-def _has_graph(scorer: Scorer, model: nn.Module, batch: ObservedBatch) -> bool:
-    """Return whether the logits of the first sample depend on the parameters."""
-    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    try:
-        for parameter in frozen:
-            parameter.requires_grad_(parameter.is_floating_point())
-        with gradients_enabled():
-            return scorer._forward(model, batch, [0], scorer._flags(model, batch), with_graph=True).requires_grad
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
 
 
 @dataclass
@@ -385,13 +305,14 @@ def _statistic_names(moments: Iterable[Moment]) -> list[str]:
     return names
 
 
-def _probes(scorer: Scorer, needs: Needs, model: nn.Module, batch: ObservedBatch) -> dict[Any, Tensor]:
+def _probes(repeated: RepeatedCall, needs: Needs) -> dict[Any, Tensor]:
     """Return the results of the probes, both those observed in the step and those that run the model again."""
+    model, batch = repeated.model, repeated.batch
     results = dict(batch.observed)
     missing = [probe for probe in needs.probes if probe not in results]
     if not missing:
         return results
-    with preserved(model), gradients_enabled(model), scorer._made_to_return_logits(model, batch):
+    with preserved(model), gradients_enabled(model), repeated.returning_logits():
         inputs = map_tensors(batch.inputs, lambda tensor: tensor.detach().clone())
         for probe, others in by_passes(missing):
             results |= probe.together(others, model, inputs) if len(others) > 1 else {probe: probe(model, inputs)}
