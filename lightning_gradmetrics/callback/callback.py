@@ -54,8 +54,8 @@ from lightning_gradmetrics.pictures import PictureSource, check_top_k, picture_s
 from lightning_gradmetrics.pictures.pixels.settings import Pixels
 from lightning_gradmetrics.pictures.pixels.source import PixelResults
 from lightning_gradmetrics.results.output import Output, check_output
+from lightning_gradmetrics.results.rows import empty_results
 from lightning_gradmetrics.results.stores import Results
-from lightning_gradmetrics.results.table import empty_results
 from lightning_gradmetrics.scores import FittedScore
 from lightning_gradmetrics.scoring.fitting import Fitting
 from lightning_gradmetrics.scoring.layer_profile import Profile

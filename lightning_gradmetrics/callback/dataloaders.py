@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lightning_gradmetrics.callback.processes import Processes
+from lightning_gradmetrics.results.rows import Rows
 from lightning_gradmetrics.results.sample_index import SampleIndex
-from lightning_gradmetrics.results.table import Rows
 
 __all__ = [
     "STAGES",

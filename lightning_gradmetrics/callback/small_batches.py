@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_gradmetrics.results.finite import finite_rows
+from lightning_gradmetrics.results.rows import Rows
 from lightning_gradmetrics.results.sample_index import Indices
-from lightning_gradmetrics.results.table import Rows
 from lightning_gradmetrics.scoring.batch import ObservedBatch
 from lightning_gradmetrics.scoring.evidence import Evidence
 from lightning_gradmetrics.scoring.recipes import RECIPES, Score

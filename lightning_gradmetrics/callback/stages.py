@@ -16,9 +16,9 @@ from lightning_gradmetrics.callback.units import row_values
 from lightning_gradmetrics.pictures import PictureSource, ScoredBatch
 from lightning_gradmetrics.pictures.pixels.settings import Pixels
 from lightning_gradmetrics.pictures.pixels.source import PixelResults
+from lightning_gradmetrics.results.rows import Rows
 from lightning_gradmetrics.results.sample_index import REPEATED, Indices
 from lightning_gradmetrics.results.stores import Store
-from lightning_gradmetrics.results.table import Rows
 from lightning_gradmetrics.scores import FittedScore
 from lightning_gradmetrics.scoring.batch import ObservedBatch
 from lightning_gradmetrics.scoring.evidence import Evidence

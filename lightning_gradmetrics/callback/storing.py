@@ -13,8 +13,8 @@ from lightning_gradmetrics.callback.describing import describe_circumstances, de
 from lightning_gradmetrics.callback.processes import Processes
 from lightning_gradmetrics.evaluation import Thresholds
 from lightning_gradmetrics.results.output import Output, check_limits
+from lightning_gradmetrics.results.rows import Rows
 from lightning_gradmetrics.results.stores import DirectoryStore, MemoryStore, Store
-from lightning_gradmetrics.results.table import Rows
 from lightning_gradmetrics.scoring.scorer import Scorer
 
 __all__ = ["is_limited", "store_of"]

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lightning_gradmetrics.pictures.pixels.images import further_columns, image_level
 from lightning_gradmetrics.pictures.pixels.settings import Pixels
+from lightning_gradmetrics.results.rows import FurtherColumns
 from lightning_gradmetrics.results.segments import SEGMENT_COLUMNS
-from lightning_gradmetrics.results.table import FurtherColumns
 from lightning_gradmetrics.results.tokens import LIST_PREFIX, RENAMED, SEQUENCE
 from lightning_gradmetrics.scoring.batch import ObservedBatch, ScoredTokens
 from lightning_gradmetrics.scoring.evidence import Evidence

@@ -25,7 +25,8 @@ from lightning_gradmetrics.results.resuming import (
     check_stream,
     committed_mask,
 )
-from lightning_gradmetrics.results.table import Rows, empty_results, merge_results
+from lightning_gradmetrics.results.rows import Rows, empty_results
+from lightning_gradmetrics.results.table import merge_results
 
 __all__ = ["DirectoryStore", "MemoryStore", "Results", "Store", "read_columns"]
 

@@ -15,8 +15,9 @@ from lightning_gradmetrics.classifier.forward import check_model
 from lightning_gradmetrics.classifier.sample_axis import SampleAxis
 from lightning_gradmetrics.evaluation.tasks import ID
 from lightning_gradmetrics.results.finite import finite_rows
+from lightning_gradmetrics.results.rows import Rows
 from lightning_gradmetrics.results.sample_index import SampleIndex
-from lightning_gradmetrics.results.table import Rows, merge_results, with_scores
+from lightning_gradmetrics.results.table import merge_results, with_scores
 from lightning_gradmetrics.scoring.evidence import Evidence
 from lightning_gradmetrics.scoring.fitted import FittedScore, fitted_scores, plain_scores
 from lightning_gradmetrics.scoring.fitting import Fitting, FittingScorer, gathered, keys_of

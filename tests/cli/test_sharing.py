@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from lightning_gradmetrics.callback.stages import ScoreStage
 from lightning_gradmetrics.cli.shared_scorer import SharedScorer, batch_key
 from lightning_gradmetrics.cli.sharing import SharedFolder
+from lightning_gradmetrics.results.rows import Rows
 from lightning_gradmetrics.results.stores import MemoryStore
-from lightning_gradmetrics.results.table import Rows
 from lightning_gradmetrics.scoring.batch import ObservedBatch
 from lightning_gradmetrics.scoring.registry import resolve
 from lightning_gradmetrics.scoring.scorer import Scorer

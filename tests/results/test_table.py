@@ -7,8 +7,9 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_gradmetrics.results.finite import finite_rows
+from lightning_gradmetrics.results.rows import Rows, empty_results
 from lightning_gradmetrics.results.sample_index import SampleIndex, sample_indices
-from lightning_gradmetrics.results.table import Rows, empty_results, merge_results
+from lightning_gradmetrics.results.table import merge_results
 
 
 def add(rows: Rows, n: int, labels: torch.Tensor | None = None) -> None:

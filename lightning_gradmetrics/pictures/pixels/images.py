@@ -10,8 +10,8 @@ from torch import Tensor
 from lightning_gradmetrics.pictures.pixels.segments import segments_of
 from lightning_gradmetrics.pictures.pixels.settings import Pixels
 from lightning_gradmetrics.results.finite import finite_rows
+from lightning_gradmetrics.results.rows import FurtherColumns
 from lightning_gradmetrics.results.segments import SEGMENT_COLUMNS, SEGMENT_PREFIX
-from lightning_gradmetrics.results.table import FurtherColumns
 from lightning_gradmetrics.scoring.evidence import Evidence
 
 __all__ = [
