@@ -79,8 +79,9 @@ def _refuse_calls(value: str, known: Iterable[str]) -> None:
     for name in re.findall(r"(\w+)\(", value):
         if name in known:
             raise UsageError(
-                f"score {value!r}: arguments are separate settings of the command, as in score={name} score.{name}.ARGUMENT=VALUE; a second "
-                f"variant of the score is '+score.NAME={{_target_:lightning_gradmetrics.scores.{name},ARGUMENT:VALUE}}'"
+                f"score {value!r}: arguments are separate settings of the command, as in score={name} "
+                f"score.{name}.ARGUMENT=VALUE; a second variant of the score is "
+                f"'+score.NAME={{_target_:lightning_gradmetrics.scores.{name},ARGUMENT:VALUE}}'"
             )
 
 
