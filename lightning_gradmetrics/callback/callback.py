@@ -326,7 +326,7 @@ class GradientMetrics(Outcome, PixelOutcome, TextOutcome, RunHooks):
             self.scorer.scores = tuple(fitted.get(score.name, score) for score in self.scorer.scores)
             return {}
         stage = run.stage
-        stage.warn_of_empty(processes, run.skipped.of_datasets)
+        stage.note_missing(processes, run.skipped.of_datasets, run.skipped.selected)
         with closing(stage.store):
             parts = processes.gather((processes.together(stage.store.share), stage.kept()))
             metrics = processes.from_first(lambda: self._evaluated(trainer, stage, run.roles, parts))

@@ -145,6 +145,7 @@ class Run:
         if part is not None and read.size is not None:
             indices = self.stage.rows[place].index.part(read.size, part if moved is None else None, len(part), indices)
             moved = None
+            self.skipped.select(self.stage.rows[place].dataset, read.size - len(part))
         self.stage.rows[place].index.moved = moved
         ids = read.ids
         if observed.order is not None and ids:

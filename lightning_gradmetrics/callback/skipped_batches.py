@@ -18,12 +18,14 @@ class SkippedBatches:
         processes: The processes of the run.
         of_datasets: The number of batches and of samples by dataset.
         others: The number of batches for which the step called the model, or whose rows are stored already.
+        selected: The number of samples by dataset that the step did not pass to the model in other batches.
     """
 
     model: str
     processes: Processes
     of_datasets: dict[str, tuple[int, int]] = field(default_factory=dict)
     others: int = 0
+    selected: dict[str, int] = field(default_factory=dict)
 
     def add(self, dataset: str, number: int, size: int) -> None:
         """Count a batch, and warn if it is the first one.
@@ -42,27 +44,37 @@ class SkippedBatches:
         batches, samples = self.of_datasets.get(dataset, (0, 0))
         self.of_datasets[dataset] = (batches + 1, samples + size)
 
+    def select(self, dataset: str, left_out: int) -> None:
+        """Count the samples of a batch that the step did not pass to the model."""
+        self.selected[dataset] = self.selected.get(dataset, 0) + left_out
+
     def finish(self) -> None:
-        """Warn about the batches that all processes left out.
+        """Warn about the batches and samples that all processes left out, and add the numbers of the other processes.
 
         Raises:
             ValueError: If the step never called the model.
         """
-        others = 0
-        of_datasets: dict[str, tuple[int, int]] = {}
-        for counted, skipped in self.processes.all_gather((self.others, self.of_datasets)):
-            others += counted
-            for dataset, (batches, samples) in skipped.items():
-                before = of_datasets.get(dataset, (0, 0))
-                of_datasets[dataset] = (before[0] + batches, before[1] + samples)
-        if of_datasets and not others:
+        counts = self.processes.all_gather((self.others, self.of_datasets, self.selected))
+        self.others, self.of_datasets, self.selected = 0, {}, {}
+        for others, of_datasets, selected in counts:
+            self.others += others
+            for dataset, (batches, samples) in of_datasets.items():
+                before = self.of_datasets.get(dataset, (0, 0))
+                self.of_datasets[dataset] = (before[0] + batches, before[1] + samples)
+            for dataset, samples in selected.items():
+                self.select(dataset, samples)
+        if self.of_datasets and not self.others:
             raise ValueError(
                 f"the step does not call {self.model}, nor any of its layers, for any batch, so its scores are unknown. Let the step "
                 "call the model, or pass submodule=, the part of the model that the step calls"
             )
-        for dataset, (batches, samples) in of_datasets.items():
+        for dataset, (batches, samples) in self.of_datasets.items():
             known = f" ({samples} samples)" if samples else ""
             self.processes.warn(
                 f"left out of the results: {batches} {'batch' if batches == 1 else 'batches'} of the dataset {dataset!r}{known}, for "
                 f"which the step did not call {self.model}"
+            )
+        for dataset, samples in self.selected.items():
+            self.processes.warn(
+                f"left out of the results: {samples} samples of the dataset {dataset!r}, which the step did not pass to {self.model}"
             )

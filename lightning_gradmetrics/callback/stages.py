@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -134,8 +134,15 @@ class ScoreStage:
         for number, source in enumerate(self.sources):
             source.join([kept_of_process[number] for kept_of_process in parts])
 
-    def warn_of_empty(self, processes: Processes, skipped: Iterable[str] = ()) -> None:
-        """Warn about each dataset without a sample, except those of which batches were left out."""
+    def note_missing(self, processes: Processes, skipped: Collection[str], selected: Collection[str]) -> None:
+        """Warn about each dataset without a sample, and let the store expect that other datasets lack rows.
+
+        Args:
+            processes: The processes of the run.
+            skipped: The datasets of which whole batches were left out.
+            selected: The datasets of which samples were left out in other batches.
+        """
+        self.store.leave_out({*skipped, *selected})
         for rows in self.rows:
             if not rows.added and rows.index.committed is None and rows.dataset not in skipped:
                 processes.warn(f"the dataloader {rows.dataset!r} returned no samples: it is not in the results")

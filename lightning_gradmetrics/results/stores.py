@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -61,6 +61,10 @@ class Store(Protocol):
         """Called after each batch of a dataloader; stores rows if it is time."""
         ...
 
+    def leave_out(self, datasets: Collection[str]) -> None:
+        """Called at the end with the datasets that lack rows, because the step left out samples."""
+        ...
+
     def share(self) -> Any:
         """Store all rows, and return the value that rank 0 needs from this process."""
         ...
@@ -104,6 +108,9 @@ class MemoryStore:
     table: pa.Table | None = None
 
     def after_batch(self, rows: Rows) -> None:
+        """Do nothing."""
+
+    def leave_out(self, datasets: Collection[str]) -> None:
         """Do nothing."""
 
     def share(self) -> pa.Table:
@@ -257,6 +264,10 @@ class DirectoryStore:
         """
         self._commit(self.rows)
         return self.writer.parts
+
+    def leave_out(self, datasets: Collection[str]) -> None:
+        """Expect no number of rows of some datasets: the step left out samples."""
+        self.sizes = {name: None if name in datasets else size for name, size in self.sizes.items()}
 
     def join(self, shared: Sequence[Sequence[str]]) -> None:
         """Write the manifest, which marks the results as complete.

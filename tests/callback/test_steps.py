@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -279,14 +280,15 @@ def test_a_network_that_is_not_registered() -> None:
 
 @pytest.mark.filterwarnings("ignore:the step did not call Module")
 @pytest.mark.parametrize("skipped", [0, 1, 2])
-def test_batches_that_the_step_skips_are_counted_and_left_out(skipped: int) -> None:
+def test_batches_that_the_step_skips_are_counted_and_left_out(skipped: int, tmp_path: Path) -> None:
     net, x, numbered = mlp(5, 8, 3), numbers(12, 5), iter(range(3))
+    output = str(tmp_path / "run") if skipped == 1 else None
 
     def step(module: Any, batch: Any) -> Any:
         return None if next(numbered) == skipped else module(batch[0])
 
     rows = [n for n in range(12) if n // 4 != skipped]
-    callback = lgm.GradientMetrics(NAMES)
+    callback = lgm.GradientMetrics(NAMES, output=output)
     with pytest.warns(
         UserWarning, match=r"left out of the results: 1 batch of the dataset 'dataloader_0' \(4 samples\)"
     ):
@@ -304,11 +306,12 @@ def test_batches_that_the_step_skips_are_counted_and_left_out(skipped: int) -> N
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_samples_that_a_step_selects_keep_their_labels_index_and_ids(shuffle: bool, options: Any) -> None:
     net, x = mlp(5, 8, 3), numbers(12, 5)
-    x[4:8, 0] = torch.tensor([-1.0, -1.0, 1.0, -1.0])
+    x[:, 0] = torch.tensor([1.0, -1.0, 1.0]).repeat(4)
     kept = (x[:, 0] > 0).nonzero().flatten().tolist()
     callback = lgm.GradientMetrics(NAMES, sample_id=lambda batch: batch[0][:, 1].tolist(), **options)
     data = DataLoader(TensorDataset(x, torch.arange(12) % 3), 4, shuffle=shuffle)
-    test_run(callback, stepped(lambda module, batch: module(batch[0][batch[0][:, 0] > 0]), net), data)
+    with pytest.warns(UserWarning, match=rf"left out of the results: {12 - len(kept)} samples"):
+        test_run(callback, stepped(lambda module, batch: module(batch[0][batch[0][:, 0] > 0]), net), data)
     assert callback.results["index"].to_pylist() == kept
     assert callback.results["label"].to_pylist() == [n % 3 for n in kept]
     assert callback.results["sample_id"].to_pylist() == [str(value) for value in x[kept, 1].tolist()]
