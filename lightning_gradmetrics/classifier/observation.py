@@ -194,8 +194,7 @@ def _observe_layer(seen: Observation, name: str, layer: nn.Module) -> Callable[[
 def _layer_call(name: str, given: Any, output: Any) -> LayerCall:
     shapes: list[tuple[int, ...] | None] = []
     for value in (given, output):
-        # torch's encoder layers may pass nested tensors
-        has_shape = isinstance(value, Tensor) and not value.is_nested and not _is_transformed(value)
+        has_shape = isinstance(value, Tensor) and not value.is_nested  # torch's encoder layers may pass nested tensors
         shapes.append(tuple(value.shape) if has_shape else None)
     if any(shape is None or len(shape) != 2 for shape in shapes):
         return LayerCall(name, None, None, *shapes)
@@ -263,19 +262,9 @@ def _copied_call(seen: Observation, module: nn.Module, args: tuple[Any, ...], kw
     return ModelCall(inputs, received)
 
 
-def _is_transformed(tensor: Tensor) -> bool:
-    """Return whether a tensor belongs to a running function of ``torch.func``, such as ``vmap``."""
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
-
-
 def _copied_logits(logits: Any) -> Tensor:
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits_fn returned a {type(logits).__name__}; expected a tensor (N, C), one row per sample")
-    if _is_transformed(logits):
-        raise ValueError(
-            "the step calls the model inside a function of torch.func, such as vmap, so its logits have no values there. Call the "
-            "model on the whole batch"
-        )
     return logits.detach().clone()
 
 

@@ -267,7 +267,7 @@ class DirectoryStore:
 
     def leave_out(self, datasets: Collection[str]) -> None:
         """Expect no number of rows of some datasets: the step left out samples."""
-        self.sizes = {name: None if name in datasets else size for name, size in self.sizes.items()}
+        self.sizes = {**self.sizes, **dict.fromkeys(self.sizes.keys() & set(datasets))}
 
     def join(self, shared: Sequence[Sequence[str]]) -> None:
         """Write the manifest, which marks the results as complete.

@@ -205,6 +205,7 @@ class StepObserver:
 
     def _joined(self, calls: Sequence[ModelCall], size: int | None) -> tuple[Inputs | None, Tensor | None]:
         """Return inputs and logits of the samples, from calls with consecutive parts of the batch or from equal calls."""
+        _refuse_transformed(calls)
         if len(calls) == 1:
             return calls[0].inputs, calls[0].logits
         logits = [_existing(call.logits, [call]) for call in calls]
@@ -313,6 +314,16 @@ class StepObserver:
         if self._head is None or weight is not self._head_weight:
             self._head, self._head_weight = head_of(self.model, calls[-1]), weight
         return _joined_layer(calls, size)
+
+
+def _refuse_transformed(calls: Sequence[ModelCall]) -> None:
+    for call_of_model in calls:
+        logits = call_of_model.logits
+        if logits is not None and torch._C._functorch.is_functorch_wrapped_tensor(logits):
+            raise ValueError(
+                "the step calls the model inside a function of torch.func, such as vmap, so its logits have no values there. Call "
+                "the model on the whole batch"
+            )
 
 
 def _joined_layer(calls: Sequence[LayerCall], size: int | None) -> tuple[Tensor, Tensor]:

@@ -327,3 +327,11 @@ def test_several_views_of_each_sample_have_no_labels_and_advice_that_works() -> 
         UserWarning, match=r"passes 8 rows to the model for a batch of 4.*in the dataset or in its collate_fn"
     ):
         test_run(lgm.GradientMetrics("energy"), stepped(step, mlp(5, 3)), batches(numbers(8, 5), Y))
+
+
+def test_a_step_that_calls_the_model_inside_vmap_is_refused() -> None:
+    def step(module: Any, batch: Any) -> Any:
+        return torch.func.vmap(lambda row: module(row[None])[0])(batch[0])
+
+    with pytest.raises(ValueError, match=r"inside a function of torch\.func, such as vmap.*on the whole batch"):
+        test_run(lgm.GradientMetrics(NAMES), stepped(step, mlp(5, 3)), batches(numbers(8, 5), Y))
