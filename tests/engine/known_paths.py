@@ -21,7 +21,7 @@ def is_on() -> bool:
 
 def paths_of(model: nn.Module) -> list[Any]:
     """Return the known paths of a model."""
-    found = []
+    found: list[Any] = []
     for strategies in _STRATEGIES[model].values():
         for known in strategies:
             found += known.paths.values()
