@@ -74,6 +74,18 @@ def test_one_sample_of_a_proven_model_needs_an_ordinary_backward_pass_only(name,
     assert all(parameter.requires_grad and parameter.grad is None for parameter in list(model.parameters())[1:])
 
 
+@pytest.mark.parametrize("layer", [nn.EmbeddingBag, nn.Embedding])
+def test_one_sample_that_looks_up_a_large_table_has_no_gradient_of_the_table(layer, monkeypatch):
+    model = nn.Sequential(layer(5000, 64), nn.Flatten(), nn.Linear(64 * (1 if layer is nn.EmbeddingBag else 3), 4))
+    x = torch.randint(5000, (5, 3))
+    for size in (5, 1):
+        _statistics(model, x[:size])
+    with monkeypatch.context() as context:
+        context.setattr(planned_batch, "collect_one_sample", lambda *_: pytest.fail("the table has a gradient"))
+        found = _statistics(model, x[2:3])
+    assert worst_difference(found, _statistics(model, x[2:3], "reference")) < 1e-4
+
+
 def test_few_gradients_of_one_sample_are_reduced_together(monkeypatch):
     model, x = made("tied")
     for size in (5, 1):

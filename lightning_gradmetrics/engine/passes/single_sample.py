@@ -27,6 +27,9 @@ MOST_TABLE_ENTRIES = 2**18
 MOST_JOINED = 2**14
 """Largest number of entries of the gradients that are copied into one row; for more, the copy takes longer than it saves."""
 
+_LOOK_UPS = frozenset([torch.embedding, F.embedding, F.embedding_bag])
+"""Functions that look up rows of a table; plans of ``torch.nn`` contain the first one, which the others call."""
+
 _EXACT = frozenset([torch.float32, torch.float64])
 
 _TYPE, _DEVICE, _KIND = attrgetter("dtype"), attrgetter("device.type"), attrgetter("dtype", "device", "layout")
@@ -70,7 +73,7 @@ def _table_entries(plan: Plan, sizes: Mapping[str, int]) -> int:
     """Return the number of entries of the tables of embeddings."""
     tables: set[str] = set()
     for step in plan.steps:
-        if step.function in (F.embedding, F.embedding_bag):
+        if step.function in _LOOK_UPS:
             tables.update(*map(plan.roots.__getitem__, step.sources))
     total = 0
     for name in tables:
