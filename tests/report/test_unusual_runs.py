@@ -59,6 +59,19 @@ def test_a_single_score_has_no_best_and_no_comparison(tmp_path):
     assert section(tree, "Agreement") is None and section(tree, "Paired differences") is None
     assert not rows_of(tree, "Scores")["gradnorm"].find("b")
     assert "no baseline to compare with" in tree.find("ul", class_="advice")[0].text
+    assert "The run has no other score." in cards(tree)["Errors"].text
+
+
+@pytest.mark.parametrize(
+    ("baselines", "gradients", "words"),
+    [
+        (("entropy",), ("gradnorm",), "No score exceeds entropy."),
+        ((), ("gradnorm", "gradtrust"), "The run has no baseline to compare it with."),
+    ],
+)
+def test_the_best_score_without_a_comparison_has_the_reason(tmp_path, baselines, gradients, words):
+    tree = page(tmp_path, baselines=baselines, gradients=gradients, intervals=False)
+    assert words in cards(tree)["Errors"].text
 
 
 def test_a_run_without_finite_rows_has_no_pictures(tmp_path):
