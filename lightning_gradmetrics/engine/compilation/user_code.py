@@ -142,9 +142,8 @@ def _may_hide_changes(code: CodeType) -> bool:
     """Return whether code can notice that a name is absent, import one, or call built-in functions out of sight."""
     if not (_QUERIES | _CALLER_NAMES).isdisjoint(code.co_names):
         return True
-    if any(
-        isinstance(value, tuple) and "key" in value for value in code.co_consts
-    ):  # such as max(values, key=function)
+    has_key = any(isinstance(value, tuple) and "key" in value for value in code.co_consts)
+    if has_key:  # such as max(values, key=function)
         return True
     return any(instruction.opname in _HANDLERS for instruction in dis.get_instructions(code))
 

@@ -109,14 +109,12 @@ class GroupedProduct:
         """The sample axis of the rows, once they are in the order of the samples."""
         return self.call.out
 
-    def factors(self, g: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the factors of the gradient's terms: the input, and the gradient of the output in the order of the samples.
+    def is_changed(self) -> bool:
+        """Return whether the input was changed in place since."""
+        return bool(self.call.values["input"]._version != self.version)
 
-        Raises:
-            PlanError: If the input was changed.
-        """
-        if self.call.values["input"]._version != self.version:
-            raise PlanError("a layer's input was changed in place after its use")
+    def factors(self, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the factors of the gradient's terms: the input, and the gradient of the output in the order of the samples."""
         return self.call.values["input"], g[self.call.values["owners"].argsort(stable=True)]
 
     def uses(self, g: Tensor) -> Iterator[tuple[Source, Use]]:
@@ -151,6 +149,10 @@ class LookUp:
     def sources(self) -> Collection[Source]:
         """The table."""
         return [self.source]
+
+    def is_changed(self) -> bool:
+        """Return False: the integers are a copy."""
+        return False
 
     def factors(self, g: Tensor) -> tuple[Tensor, Tensor]:
         """Return twice the gradient of the output in the order of the samples, which the gradient's terms consist of."""

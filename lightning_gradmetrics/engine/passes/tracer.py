@@ -345,9 +345,11 @@ class Tracer(TracerState):
             call.values.clear()
 
     def _sorted_gradient(self, call: SortedCall, g: Tensor) -> None:
-        x, rows = call.factors(g)
+        if call.is_changed():
+            raise PlanError("a layer's input was changed in place after its use")
         with self._silence, self._guarded(call.sources):
-            self._scale(call.sources, x, rows, call.axis)
+            if self.notes is not None:
+                self._scale(call.sources, *call.factors(g), call.axis)
             if self.rows is not None:
                 self.rows.leave_out(self._names(call.sources))
             for source, use in call.uses(g):

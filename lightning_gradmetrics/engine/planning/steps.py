@@ -107,9 +107,8 @@ class _Builder:
         if _sources_of(large.inputs[is_grouped : is_grouped + 1], self.sources) != sources:
             raise PlanError("no step covers sorted rows with these parameters")
         if sources:
-            self._note(
-                number, Step(large.function, sources, "grouped" if is_grouped else "looked_up", sort=sort), large, None
-            )
+            kind = "grouped" if is_grouped else "looked_up"
+            self._note(number, Step(large.function, sources, kind, sort=sort), large, None)
 
     def _note(self, number: int, step: Step, large: TracedCall, changes: Sequence[Tensor | None] | None) -> None:
         self.steps.append(step)
