@@ -107,6 +107,7 @@ class _PlannedBatch:
             )
         except PathChanged:
             strategy.drop_path(here)
+            strategy.in_place = strategy.in_place and not path.is_in_place
             self.state.restore()
             return False
         return True

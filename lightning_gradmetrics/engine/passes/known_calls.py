@@ -62,6 +62,8 @@ class KnownCall:
         tensors: The number of each tensor among the arguments, and how often it was changed in place since it was made.
         released: The numbers of the results whose last use is this call, on a large path.
         is_norm: Whether it is a batch norm whose output is that of the folded convolution before it.
+        is_hidden: Whether a later call changes the result in place, and nothing else uses it, on a large path.
+        in_place: The place of the argument that gets the result in place of its values; ``None`` if the result is a new tensor.
         results: The description of a result that is not a single tensor; see :func:`described`.
         marks: The number of entries of each sample that a mask must select, if it is such a call.
     """
@@ -80,6 +82,8 @@ class KnownCall:
     tensors: tuple[tuple[int, int], ...]
     released: tuple[int, ...] = ()
     is_norm: bool = False
+    is_hidden: bool = False
+    in_place: int | None = None
     results: tuple[Any, ...] = ()
     marks: int | None = None
 
@@ -125,7 +129,12 @@ class KnownPath:
     @property
     def changes_layers(self) -> bool:
         """Whether layers run in another way than in the model."""
-        return self.lays_out or any(call.is_norm for call in self.calls)
+        return self.lays_out or self.is_in_place or any(call.is_norm for call in self.calls)
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether calls change tensors in place that those of the model do not change."""
+        return any(call.is_hidden for call in self.calls)
 
 
 def releasing(calls: Sequence[KnownCall], leaves: int, end: int) -> list[KnownCall]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradmetrics.engine.passes.folding import METADATA, FoldRefused, hidden_tensor, result_in_layout
+from lightning_gradmetrics.engine.passes.in_place import SUMS
 from lightning_gradmetrics.engine.passes.inner_calls import HeldNorm, HeldStep
 from lightning_gradmetrics.engine.passes.known_calls import KnownCall, KnownPath
 from lightning_gradmetrics.engine.passes.known_path import DirectPass
@@ -51,8 +52,20 @@ class LargePass(DirectPass):
     def _run(self, known: KnownCall, values: Sequence[Any], args: Any, kwargs: Any) -> Any:
         if known.is_norm:
             uses = sources_in(self._folded, values, {})
-            return uses[0][1] if len(uses) == 1 else self._lose()
-        return super()._run(known, values, args, kwargs)
+            result = uses[0][1] if len(uses) == 1 else self._lose()
+        elif known.in_place is not None:
+            result = self._in_place(known, values, known.in_place)
+        else:
+            result = super()._run(known, values, args, kwargs)
+        return self._hide(result) if known.is_hidden else result
+
+    def _in_place(self, known: KnownCall, values: Sequence[Any], place: int) -> Tensor:
+        """Return the result of a ReLU or of a sum, written into the memory of an argument that nothing else uses."""
+        _, tensor = self._folded[id(values[place])]
+        if known.function not in SUMS:
+            return torch.relu_(tensor)
+        other: Tensor = values[1 - place]
+        return tensor.add_(other) if other.stride() == tensor.stride() else tensor + other
 
     def _operator(self, func: Any, args: Any, kwargs: Any) -> Any:
         if sources_in(self._folded, args, kwargs):
@@ -90,11 +103,14 @@ class LargePass(DirectPass):
             self._lose()
 
     def _fold(self, held: HeldStep, norm: HeldNorm, values: dict[str, Any]) -> Tensor:
-        """Run a convolution that returns the output of its norm, for which the model has a tensor without values."""
+        """Run a convolution that returns the output of its norm."""
+        tensors = {key: self._entries[number] for key, number in norm.numbers.items()}
+        return self._hide(self._hooked(held, values, run_folded(held.step.function, values, tensors, norm.eps)))
+
+    def _hide(self, output: Tensor) -> Tensor:
+        """Return a tensor without values, which the model has instead of an output that only a known call may use."""
         if torch._C._len_torch_dispatch_stack():
             self._lose()
-        tensors = {key: self._entries[number] for key, number in norm.numbers.items()}
-        output = self._hooked(held, values, run_folded(held.step.function, values, tensors, norm.eps))
         hidden = hidden_tensor(output)
         self._folded[id(hidden)] = hidden, output
         self._hidden.append(ref(hidden))
@@ -107,7 +123,7 @@ class LargePass(DirectPass):
         return result
 
     def require_end(self, logits: Tensor) -> None:
-        """Require what the other passes do, and that the model stores no output of a folded convolution."""
+        """Require what the other passes do, and that the model stores no tensor without values."""
         super().require_end(logits)
         self.release()
         if any(hidden() is not None for hidden in self._hidden):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_gradmetrics.engine.passes.in_place import in_place
 from lightning_gradmetrics.engine.passes.inner_calls import (
     HeldNorm,
     HeldStep,
@@ -65,9 +66,12 @@ class PathRecorder:
         is_large: Whether the path is a large one in any case.
         lays_out: Whether images are laid out channels last.
         reads: How often Python reads a value.
+        changes: Whether calls on a large path may change results of layers in place.
     """
 
-    def __init__(self, task: Task, is_large: bool = False, lays_out: bool = False, reads: int = 0) -> None:
+    def __init__(
+        self, task: Task, is_large: bool = False, lays_out: bool = False, reads: int = 0, changes: bool = False
+    ) -> None:
         leaves = leaves_of(task)
         self._is_simple = leaves is not None
         self._count = len(leaves or ())
@@ -80,7 +84,7 @@ class PathRecorder:
         self._norms: set[int] = set()
         self._marks: int | None = None
         self._reads = reads
-        self._is_large, self._lays_out = is_large, lays_out
+        self._is_large, self._lays_out, self._in_place = is_large, lays_out, changes
         self.inside = InnerCalls()
 
     def path(self) -> KnownPath | None:
@@ -92,11 +96,18 @@ class PathRecorder:
         changes = self._end[1]
         for call in self._calls:
             changes += sum(count for _, count in call.tensors)
-        calls = releasing(self._calls, self._count, self._end[0]) if is_large else self._calls
+        calls: Sequence[KnownCall] = self._calls
+        if is_large:
+            sizes = self._count, self._end[0]
+            calls = releasing(in_place(calls, *sizes, self._flags()) if self._in_place and is_direct else calls, *sizes)
         constants = tuple(reversed(self._constants))
         fixed = (self._end, self._chosen, self._count, self._held)
         is_pure = changes == 0 and not is_large
         return KnownPath(tuple(calls), constants, *fixed, is_direct, is_pure, is_large, self._lays_out, self._made)
+
+    def _flags(self) -> set[int]:
+        """Return the numbers of the constants that are ``False``."""
+        return {~place for place, constant in enumerate(self._constants) if constant is False}
 
     def _is_direct(self) -> bool:
         """Return whether all steps of the plan are held and run without the plan, and each parameter has one step."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
 
 from lightning_gradmetrics.classifier.notices import RANDOM, first_time
 from lightning_gradmetrics.engine.passes.agreement import VerificationNotes
@@ -92,6 +93,7 @@ class Strategy:
         turn: Counts the batches of which one sample was checked, so that each batch checks another one.
         paths: For combinations of input shapes and batch size, the calls of the forward pass.
         pauses: For those without a known path, the number of batches before one is recorded, and the length of the pause.
+        in_place: Whether calls on a large path may change results of layers in place: until a model uses such a result.
         has_small_gradients: Whether all gradients of one sample can be stored together; ``None`` if it is not known.
     """
 
@@ -120,6 +122,7 @@ class Strategy:
     turn: int = 0
     paths: dict[tuple[Any, int], KnownPath] = field(default_factory=dict)
     pauses: dict[tuple[Any, int], tuple[int, int]] = field(default_factory=dict)
+    in_place: bool = True
     has_small_gradients: bool | None = None
 
     def recorder(self, task: Task, here: tuple[Any, int]) -> PathRecorder | None:
@@ -141,7 +144,10 @@ class Strategy:
             self.pauses[here] = remaining - 1, length
             return None
         folds = self.folds(task)
-        return PathRecorder(task, folds, folds and self.plan.lays_out, len(self.plan.reads))
+        in_place = self.in_place and next(iter(task.parameters.values())).is_cpu
+        if _get_current_function_mode_stack():  # type: ignore[no-untyped-call]
+            in_place = False  # the mode of the caller must see the calls of the model
+        return PathRecorder(task, folds, folds and self.plan.lays_out, len(self.plan.reads), in_place)
 
     def folds(self, task: Task) -> bool:
         """Return whether to fold batch norms into convolutions, or to change the layout of images.
