@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from lightning_gradmetrics.classifier.forward import has_compiled_parts
+from lightning_gradmetrics.classifier.norm_gradients import exact_norm_gradients
 
 __all__ = ["EarlyProduct", "frozen_batch_norm", "frozen_batch_norms"]
 
@@ -151,14 +152,17 @@ def _has_constant_parameters(
 
 
 @contextmanager
-def frozen_batch_norms(model: nn.Module) -> Iterator[None]:
+def frozen_batch_norms(model: nn.Module, size: int) -> Iterator[None]:
     """Shorten the backward passes of batch norms in eval mode whose parameters require no gradient, inside the block.
+
+    The gradients of other norms are correct for all strides.
 
     Args:
         model: The model that is called inside the block. Does nothing if ``torch.compile`` was applied to a part of it.
+        size: The number of samples.
     """
     if has_compiled_parts(model):
         yield
         return
-    with _FrozenNorms():
+    with exact_norm_gradients(size), _FrozenNorms():
         yield

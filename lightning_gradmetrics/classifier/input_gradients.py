@@ -48,7 +48,7 @@ def differentiable_logits(model: nn.Module, inputs: Tensor, who: str) -> tuple[T
         ValueError: If the logits do not depend on the inputs.
     """
     leaf = (inputs.clone() if inputs.is_inference() else inputs).detach().requires_grad_()
-    with frozen_batch_norms(model):
+    with frozen_batch_norms(model, len(leaf)):
         logits = logits_of(call(model, leaf.clone()))
     if not _depends_on(logits, leaf):
         raise ValueError(

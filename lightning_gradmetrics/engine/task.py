@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradmetrics.classifier.forward import Inputs, call, map_tensors, tensors_in
-from lightning_gradmetrics.classifier.one_sample import contiguous_batch_norm_gradients
+from lightning_gradmetrics.classifier.norm_gradients import exact_norm_gradients
 from lightning_gradmetrics.classifier.preservation import ModelRecord
 from lightning_gradmetrics.classifier.tensor_records import version_of
 from lightning_gradmetrics.engine.kernels import class_residuals
@@ -135,18 +135,18 @@ class Task:
 
         return replace(self, inputs=map_tensors(self.inputs, laid_out))
 
-    def forward(self, for_gradients: bool = True) -> Tensor:
+    def forward(self, repairs_norms: bool = True) -> Tensor:
         """Return the model's logits ``(N, C)``.
 
         Args:
-            for_gradients: Whether a backward pass may follow.
+            repairs_norms: Whether a backward pass may follow, in which norms may get gradients with unusual strides.
 
         Raises:
             SampleAxisError: If the logits do not have one row per sample.
         """
-        if self.size > 1 or not for_gradients:
+        if not repairs_norms:
             return self.logits_of(self.inputs, self.size)
-        with contiguous_batch_norm_gradients(self.size):
+        with exact_norm_gradients(self.size):
             return self.logits_of(self.inputs, self.size)
 
     def logits_of(self, inputs: Any, size: int) -> Tensor:

@@ -71,7 +71,7 @@ def test_values_and_gradients_are_those_of_torch(
     expected, expected_gradient = gradients(model, x)
     run_frozen = frozen_norm.frozen_batch_norm
     monkeypatch.setattr(frozen_norm, "frozen_batch_norm", lambda *given: calls.append(given) or run_frozen(*given))
-    with frozen_batch_norms(model):
+    with frozen_batch_norms(model, 2):
         out, gradient = gradients(model, x)
     assert bool(calls) == frozen
     assert torch.equal(out, expected)
@@ -80,7 +80,7 @@ def test_values_and_gradients_are_those_of_torch(
 
 def test_parameters_that_require_gradients_get_them() -> None:
     model, x = Norm(lambda model, x: model.norm(x)).requires_grad_(), torch.randn(4, 5, 3, dtype=torch.float64)
-    with frozen_batch_norms(model):
+    with frozen_batch_norms(model, 2):
         model(x.requires_grad_()).sum().backward()
     assert model.norm.weight.grad is not None and model.norm.bias.grad is not None
 
@@ -88,7 +88,7 @@ def test_parameters_that_require_gradients_get_them() -> None:
 def test_compiled_models_run_without_the_mode() -> None:
     model = Norm(lambda model, x: model.norm(x))
     model.compile(backend="eager")
-    with frozen_batch_norms(model):
+    with frozen_batch_norms(model, 2):
         assert not torch.overrides._get_current_function_mode_stack()
 
 

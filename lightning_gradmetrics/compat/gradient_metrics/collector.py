@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_gradmetrics.classifier.norm_gradients import exact_norm_gradients_in
 from lightning_gradmetrics.compat.gradient_metrics.collecting import collect
 from lightning_gradmetrics.compat.gradient_metrics.metrics import GradientMetric, _MomentMetric, merged
 from lightning_gradmetrics.compat.gradient_metrics.watching import Watch
 from lightning_gradmetrics.engine.kernels.reduction import CHUNK_ENTRIES
 from lightning_gradmetrics.engine.passes.plan import PlanError
+from lightning_gradmetrics.engine.tracing.graph import all_nodes
 from lightning_gradmetrics.engine.uses import Use
 from lightning_gradmetrics.gradients.statistics import Moment, Moments, accumulator, result_dtype
 
@@ -76,9 +78,10 @@ class GradientMetricCollector:
         _check_loss(loss)
         _check_present(self._metrics)
         self.reset()
-        collected = self._collected(loss, retain_graph) if len(loss) else None
-        with torch.no_grad():
-            result = self._by_loop(loss, retain_graph) if collected is None else self._from_collected(collected)
+        with exact_norm_gradients_in(all_nodes(loss)):
+            collected = self._collected(loss, retain_graph) if len(loss) else None
+            with torch.no_grad():
+                result = self._by_loop(loss, retain_graph) if collected is None else self._from_collected(collected)
         self.reset()
         return result.detach()
 

@@ -239,7 +239,7 @@ class FoldingTracer(Tracer):
         """
         try:
             with self:
-                logits = task.forward()
+                logits = task.forward(self.plan.repairs_norms(task.size))
         except Exception as error:
             # The model may replace the error by another, or use a hidden tensor out of sight, which has no values.
             is_changed = bool(self._folded) or self.plan.lays_out

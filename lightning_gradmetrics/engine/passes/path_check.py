@@ -247,7 +247,7 @@ def forward_alone(task: Task, number: int, state: ForwardState) -> tuple[Tensor,
     outline, recorder = Outline(single.leaves()), PathRecorder(single)
     try:
         with quiet_no_grad(True), torch.enable_grad(), _PathRecording(outline, recorder):
-            logits = single.forward(for_gradients=False)
+            logits = single.forward(repairs_norms=False)
         outline.end(logits)
         recorder.end(outline, logits)
         return logits.detach(), outline.path, recorder.path()

@@ -113,6 +113,7 @@ class Plan:
             all batches.
         sorts: For each product of groups of sorted rows, in order, the number of the sort; only a proof shows this order.
         normalises_images: Whether a batch norm gets an input with more axes than samples, channels and one of positions.
+        normalises_instances: Whether there are instance norms.
     """
 
     steps: tuple[Step, ...]
@@ -127,6 +128,11 @@ class Plan:
     masks: tuple[int | None, ...] = ()
     sorts: tuple[int, ...] = ()
     normalises_images: bool = True
+    normalises_instances: bool = True
+
+    def repairs_norms(self, size: int) -> bool:
+        """Return whether torch may compute wrong gradients of norms in a batch of this size."""
+        return self.normalises_instances or (size == 1 and self.normalises_images)
 
     @property
     def changes_layers(self) -> bool:

@@ -93,8 +93,7 @@ def collect_one_sample(table: MomentTable, plan: Plan) -> None:
     freeze(task)
     for parameter in parameters:
         parameter.requires_grad_(True)
-    # Only the gradients of batch norms of images need the function mode of `forward`.
-    logits = task.forward() if plan.normalises_images else task.logits_of(task.inputs, 1)
+    logits = task.forward(plan.repairs_norms(1))
     scaled = [task.unit_gradient(index, logits) for index in range(len(task.objectives))]
     for index, (gradient, undo) in enumerate(scaled):
         table.begin(index, undo)

@@ -256,7 +256,7 @@ def collect_fast(
         logits = tracer.forward(task)
     elif notes is None or not notes.finds_uses:
         with joined_selects() if plan is not None and plan.selects else nullcontext(), tracer:
-            logits = task.forward()
+            logits = task.forward(plan is None or plan.repairs_norms(task.size))
     else:
         logits = _forward_with_notes(task, tracer, notes)
     tracer.outline.end(logits)
@@ -293,7 +293,7 @@ def collect_on_path(
         tracer = KnownTracer(plan, table.add, path, task, free)
     try:
         with joined_selects() if path.is_large and plan.selects else nullcontext(), tracer:
-            logits = task.forward()
+            logits = task.forward(plan.repairs_norms(task.size))
         tracer.require_end(logits)
     except Exception as error:
         # The model may have replaced the error. An ordinary pass raises the errors of the model again.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradmetrics.classifier.forward import tensors_in
+from lightning_gradmetrics.classifier.norm_gradients import is_instance_norm
 from lightning_gradmetrics.engine.inputs.samples import close_rows, input_shapes, same_rows
 from lightning_gradmetrics.engine.kernels.operators import traced_operators
 from lightning_gradmetrics.engine.passes.folding import can_lay_out, find_folds
@@ -145,6 +146,7 @@ def probe_model(task: Task) -> Probe:
         selects = has_repeated_selects(large)
         plan = replace(plan, reads=reads, masks=masks, folds=folds, lays_out=lays_out, selects=selects)
         plan = replace(plan, normalises_images=any(map(_normalises_images, many.operations)))
+        plan = replace(plan, normalises_instances=any(is_instance_norm(call.function) for call in large.calls))
     activations = found.reads_inside or reads_activations(many.operations)
     alone = "a number computed from all samples enters the forward pass" if uses_totals(found.operations[1]) else ""
     if outline_of_three.has_hooks:

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightning_gradmetrics.classifier import one_sample, tensor_records
+from lightning_gradmetrics.classifier import norm_gradients, tensor_records
 from lightning_gradmetrics.classifier.tensor_records import version_of
 from lightning_gradmetrics.engine.tracing.calls import HOST_READS, tensors_in
 from lightning_gradmetrics.engine.tracing.graph import storing_hooks
@@ -253,7 +253,7 @@ def _is_passed_through(frame: FrameType) -> bool:
 _LIBRARIES = ("torch.", "lightning.fabric.", "lightning_fabric.")
 """Modules whose hooks change no gradients."""
 
-_OWN = (__name__.partition(".tracing.")[0] + ".", one_sample.__name__, tensor_records.__name__)
+_OWN = (__name__.partition(".tracing.")[0] + ".", norm_gradients.__name__, tensor_records.__name__)
 """The package of the engine, and the modules of function modes that run with the engine's."""
 
 
