@@ -74,6 +74,15 @@ def _saved(z: Tensor, shortcut: Tensor) -> Tensor:
     return (z.sigmoid() + shortcut).relu()
 
 
+def _after_relu(z: Tensor, shortcut: Tensor) -> Tensor:
+    """The backward pass of a ReLU reads its result too."""
+    return z.relu() + shortcut
+
+
+def _after_relu_of_the_sum(z: Tensor, shortcut: Tensor) -> Tensor:
+    return (z + shortcut).relu().relu()
+
+
 def _in_place_already(z: Tensor, shortcut: Tensor) -> Tensor:
     z += shortcut
     return F.relu(z, inplace=True)
@@ -88,6 +97,8 @@ ENDS = {
     _narrower: 3,
     _wider: 1,
     _saved: 1,
+    _after_relu: 2,
+    _after_relu_of_the_sum: 3,
     _in_place_already: 1,
 }
 """The number of calls that each model with this end runs in place."""

@@ -30,7 +30,8 @@ _LAYERS = (torch.conv1d, torch.conv2d, torch.conv3d, torch.batch_norm, torch.gro
 def in_place(calls: Sequence[KnownCall], leaves: int, end: int, flags: Collection[int]) -> list[KnownCall]:
     """Return calls of which those are marked that write their result into the memory of an argument.
 
-    The argument is the result of a layer or of another such call, no other call uses it, and it is not the logits.
+    The argument is the result of a layer or of a sum that is written in place, no other call uses it, and it is not the logits. It is not
+    that of a ReLU, whose backward pass reads it.
 
     Args:
         calls: The calls.
@@ -50,7 +51,8 @@ def in_place(calls: Sequence[KnownCall], leaves: int, end: int, flags: Collectio
                 marked[maker] = replace(marked[maker], is_hidden=True)
                 marked[place] = replace(call, in_place=argument)
                 break
-        if call.made == 1 and call.has_gradients and (marked[place].in_place is not None or _is_layer(call)):
+        is_sum_in_place = marked[place].in_place is not None and call.function in SUMS
+        if call.made == 1 and call.has_gradients and (is_sum_in_place or _is_layer(call)):
             makers[made] = place
         made += call.made
     return marked
