@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_gradmetrics.callback.sample_rows import SampleRows
 from lightning_gradmetrics.classifier.batches import (
     REMEDY,
     BatchCopy,
@@ -90,17 +91,28 @@ class BatchReader:
         copied_labels = labels.detach().clone() if isinstance(labels, Tensor) else labels
         return ReadBatch(inputs, None, copied_labels, len(first) if first is not None and first.ndim else None)
 
-    def order(self, batch: ReadBatch, calls: Sequence[ModelCall], inputs: Inputs | None) -> Tensor | None:
-        """Return the position in the batch of each sample that the model received; ``None`` if the order is the same.
+    def rows(self, batch: ReadBatch, calls: Sequence[ModelCall], inputs: Inputs | None, size: int) -> SampleRows:
+        """Return which rows of the batch the model received, in which order.
 
         Args:
             batch: The batch before the step.
             calls: The calls of the model.
             inputs: The joined inputs of the calls.
+            size: The number of samples ``N`` of the calls.
 
         Raises:
             ValueError: If the samples are in a different order and their values were changed too.
         """
+        if batch.size is not None and size < batch.size:
+            tensors = list(tensors_in(batch.inputs)) if batch.copied is None else batch.copied.tensors()
+            selected = order_of_part(list(tensors_in(inputs)), tensors)
+            if selected is not None and len(selected) == size:
+                return SampleRows(batch.size, selected)
+        order = self._order(batch, calls, inputs) if size > 1 else None
+        return SampleRows(size, order if order is not None and len(order) == size else None)
+
+    def _order(self, batch: ReadBatch, calls: Sequence[ModelCall], inputs: Inputs | None) -> Tensor | None:
+        """Return the position in the batch of each sample that the model received; ``None`` if the order is the same."""
         copied = batch.copied
         if copied is None:
             passed, batch_tensors = list(tensors_in(inputs)), list(tensors_in(batch.inputs))
@@ -132,16 +144,6 @@ class BatchReader:
                 "and index may belong to other samples. Keep the order of the batch in the step",
             )
         return detected.order
-
-    def part(self, batch: ReadBatch, inputs: Inputs | None) -> Tensor | None:
-        """Return the position in the batch of each sample if the step passed some of them to the model; otherwise ``None``.
-
-        Args:
-            batch: The batch before the step.
-            inputs: The joined inputs of the calls.
-        """
-        tensors = list(tensors_in(batch.inputs)) if batch.copied is None else batch.copied.tensors()
-        return order_of_part(list(tensors_in(inputs)), tensors)
 
     def labels(
         self, batch: ReadBatch, size: int, classes: int, received: Sequence[Tensor], dataset: str

@@ -13,6 +13,7 @@ from lightning_gradmetrics.callback.columns import SampleIds, sample_ids
 from lightning_gradmetrics.callback.drawn_indices import DrawnIndices
 from lightning_gradmetrics.callback.labels import BatchReader, ReadBatch
 from lightning_gradmetrics.callback.processes import Processes
+from lightning_gradmetrics.callback.sample_rows import SampleRows
 from lightning_gradmetrics.callback.skipped_batches import SkippedBatches
 from lightning_gradmetrics.callback.stages import ScoreStage, Stage
 from lightning_gradmetrics.callback.step_wrapper import around_next_call
@@ -136,25 +137,38 @@ class Run:
         with self.surroundings(), observation.surroundings(), ExitStack() as stack:
             observed = self._observer.batch(observation, read.inputs, size)
             observed = self._placed(stack, observed)
-            part = self._part(observed, read, observation)
-            observed = self._ordered(self._completed(observed, read, observation, place, part), read, observation)
+            rows = SampleRows(observed.size)
+            if observation.called is not None:
+                rows = self.reader.rows(read, observation.called[1], observed.inputs, observed.size)
+            observed = self._completed(observed, read, observation, place, rows)
             evidence = self.stage.scorer.evidence(self.model, observed)
             if observed.tokens is not None and self._texts is not None:
                 observed = replace(observed, tokens=replace(observed.tokens, of_texts=self._texts.values(observed)))
-        moved = self.transfers.moved(observed.size)
-        if part is not None and read.size is not None:
-            indices = self.stage.rows[place].index.part(read.size, part if moved is None else None, len(part), indices)
-            moved = None
-            self.skipped.select(self.stage.rows[place].dataset, read.size - len(part))
-        self.stage.rows[place].index.moved = moved
-        ids = read.ids
-        if observed.order is not None and ids:
-            ids = [ids[number] for number in observed.order.tolist()]
-        elif part is not None and ids:
-            ids = [ids[number] for number in part.tolist()]
-        self.stage.add(place, observed, evidence, indices, ids)
-        self._warn_of_unknown_index(place, moved)
+        index = self._index(place, rows, indices)
+        self.stage.add(place, observed, evidence, index, self._ids(read, rows))
         self._warn_of_repeats(place)
+
+    def _index(self, place: int, rows: SampleRows, indices: Indices | None) -> Tensor:
+        """Return the index of each sample of the next batch ``(N,)``, and warn if it is unknown."""
+        moved, of_dataset = self.transfers.moved(rows.size), self.stage.rows[place]
+        index = rows.of(of_dataset.index.take(rows.size, indices, moved))
+        if len(index) and int(index.min()) <= UNKNOWN:
+            why = OF_LOADER if moved is None else OF_HOOK
+            name = of_dataset.dataset
+            text = f"the index of the rows of {name!r} is unknown and stays null: {why}"
+            self.reader.warn_once(f"index of {name}", text)
+        self.skipped.select(of_dataset.dataset, rows.left_out)
+        return index
+
+    def _ids(self, read: ReadBatch, rows: SampleRows) -> list[str]:
+        """Return the id of each sample; an empty list if the run stores none."""
+        if self.sample_id is None:
+            return []
+        if len(read.ids) != rows.size:
+            raise ValueError(
+                f"sample_id= returned {len(read.ids)} ids for a batch of {rows.size} samples; expected one id per sample"
+            )
+        return rows.of_list(read.ids)
 
     def _leave_out(self, place: int, number: int, size: int | None, indices: Indices | None) -> None:
         """Count a batch whose step did not call the model, and go on with the index of the next one."""
@@ -171,24 +185,8 @@ class Run:
         inputs, stated = stack.enter_context(samples_first(model, batch.inputs, self.sample_axis))
         return replace(batch, inputs=inputs, sample_axis=stated)
 
-    def _part(self, batch: ObservedBatch, read: ReadBatch, seen: Observation) -> Tensor | None:
-        """Return the position in the loader's batch of each sample if the step selected some of them; ``None`` for all of them."""
-        if seen.called is None or read.size is None or batch.size >= read.size or batch.logits.ndim > 2:
-            return None
-        return self.reader.part(read, batch.inputs)
-
-    def _ordered(self, batch: ObservedBatch, read: ReadBatch, seen: Observation) -> ObservedBatch:
-        """Return the batch with its labels in the order in which the step passed the samples to the model."""
-        if seen.called is None or batch.size < 2:
-            return batch
-        order = self.reader.order(read, seen.called[1], batch.inputs)
-        if order is None or len(order) != batch.size:
-            return batch
-        labels = batch.labels
-        return replace(batch, order=order, labels=None if labels is None else labels[order.to(labels.device)])
-
     def _completed(
-        self, batch: ObservedBatch, read: ReadBatch, seen: Observation, place: int, part: Tensor | None
+        self, batch: ObservedBatch, read: ReadBatch, seen: Observation, place: int, rows: SampleRows
     ) -> ObservedBatch:
         """Return the batch with its labels and its dataset."""
         dataset = self.stage.rows[place].dataset
@@ -199,23 +197,22 @@ class Run:
         if token_ids(batch) is not None:
             labels = None if read.copied is None else labels_of_call(batch)
             if labels is None:
-                labels = self.reader.token_labels(read, batch.size, received, dataset)
+                labels = self.reader.token_labels(read, rows.size, received, dataset)
+                labels = None if labels is None else rows.of(labels)
             batch = replace(batch, ood=self.stage.ood(place, batch.size), dataset=dataset)
             return self._observer.tokens(batch, labels, read.inputs)
         if batch.logits.ndim > 2 and batch.logits.ndim != 4:
             raise ValueError(_other_positions(batch))
         labels = None
         if batch.logits.ndim == 4:
-            labels = self.reader.label_maps(read, batch.size, batch.logits.shape[1], received, dataset)
+            labels = self.reader.label_maps(read, rows.size, batch.logits.shape[1], received, dataset)
             batch = batch if labels is None else at_size(batch, tuple(labels.shape[1:]))
         if batch.logits.ndim == 2 and batch.logits.shape[1] > 1:
-            size = batch.size if part is None or read.size is None else read.size
-            labels = self.reader.labels(read, size, batch.logits.shape[1], received, dataset)
-            if labels is not None and part is not None:
-                labels = labels[part.to(labels.device)]
+            labels = self.reader.labels(read, rows.size, batch.logits.shape[1], received, dataset)
+        labels = None if labels is None else rows.of(labels)
+        if batch.logits.ndim == 2:
             labels = self._checked(labels, batch.logits.shape[1], place)
-        ood = self.stage.ood(place, batch.size)
-        return replace(batch, labels=labels, ood=ood, dataset=dataset)
+        return replace(batch, labels=labels, ood=self.stage.ood(place, batch.size), dataset=dataset)
 
     def _checked(self, labels: Tensor | None, classes: int, place: int) -> Tensor | None:
         """Return the labels; ``None`` for in-distribution data with a label outside the classes."""
@@ -230,15 +227,6 @@ class Run:
             "for an unknown label; or datasets= with a role other than 'id'",
         )
         return labels
-
-    def _warn_of_unknown_index(self, place: int, moved: Tensor | None) -> None:
-        rows = self.stage.rows[place]
-        if rows.index.last is None or not len(rows.index.last) or int(rows.index.last.min()) > UNKNOWN:
-            return
-        why = OF_LOADER if moved is None else OF_HOOK
-        self.reader.warn_once(
-            f"index of {rows.dataset}", f"the index of the rows of {rows.dataset!r} is unknown and stays null: {why}"
-        )
 
     def _warn_of_repeats(self, place: int) -> None:
         if self.drawn.repeats(place):

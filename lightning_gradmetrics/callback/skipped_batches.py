@@ -46,6 +46,8 @@ class SkippedBatches:
 
     def select(self, dataset: str, left_out: int) -> None:
         """Count the samples of a batch that the step did not pass to the model."""
+        if not left_out:
+            return
         self.selected[dataset] = self.selected.get(dataset, 0) + left_out
 
     def finish(self) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from lightning_gradmetrics.results.finite import finite_rows
 from lightning_gradmetrics.results.rows import Rows
-from lightning_gradmetrics.results.sample_index import Indices
 from lightning_gradmetrics.scoring.batch import ObservedBatch
 from lightning_gradmetrics.scoring.evidence import Evidence
 from lightning_gradmetrics.scoring.recipes import RECIPES, Score
@@ -105,23 +104,19 @@ class SmallBatches:
             return False
         return evidence.given_features is None or isinstance(evidence.given_features, Tensor)
 
-    def add(self, batch: ObservedBatch, evidence: Evidence, seen: Indices | None, ids: Sequence[str]) -> None:
+    def add(self, batch: ObservedBatch, evidence: Evidence, index: Tensor, ids: Sequence[str]) -> None:
         """Add a batch.
 
         Args:
             batch: The batch.
             evidence: Its evidence.
-            seen: The indices that the loader drew for this batch, if it recorded them.
+            index: The index of each sample ``(N,)``.
             ids: The id of each sample, if the rows have ids.
-
-        Raises:
-            ValueError: If the number of ids is not the number of samples.
         """
         inputs = _few_inputs(batch)
         kind = _kind(evidence, inputs)
         if kind != self._kind:
             self.settle()
-        index = self._table.indices(batch.size, seen, ids, batch.order)
         finite = finite_rows(batch.inputs, (), batch.size) if inputs is None else None
         self._parts.append(_Part(evidence, index, ids, inputs, finite))
         self._kind = kind

@@ -71,27 +71,25 @@ class ScoreStage:
         place: int,
         batch: ObservedBatch,
         evidence: Evidence,
-        seen: Indices | None,
+        index: Tensor,
         ids: Sequence[str] = (),
     ) -> None:
         """Score a batch of the dataloader number ``place``."""
         rows = self.rows[place]
         if self._small and SmallBatches.accepts(batch, evidence):
-            self._small[place].add(batch, evidence, seen, ids)
+            self._small[place].add(batch, evidence, index, ids)
         else:
-            self._score(rows, batch, evidence, seen, ids)
+            self._score(rows, batch, evidence, index, ids)
         self.store.after_batch(rows)
 
-    def _score(
-        self, rows: Rows, batch: ObservedBatch, evidence: Evidence, seen: Indices | None, ids: Sequence[str]
-    ) -> None:
+    def _score(self, rows: Rows, batch: ObservedBatch, evidence: Evidence, index: Tensor, ids: Sequence[str]) -> None:
         pixels = Pixels() if self.pixels is None else self.pixels.settings
         values = row_values(self.scorer, batch, evidence, pixels, list(self.columns))
         vectors = {}
         for name, function in self.columns.items():
             vectors[name] = function(evidence)
         columns = rows.add(
-            batch.inputs, values.logits, values.labels, values.scores, seen, vectors, ids, values.further, batch.order
+            index, batch.inputs, values.logits, values.labels, values.scores, vectors, ids, values.further
         )
         if not rows.are_texts:
             self._read(
@@ -186,13 +184,10 @@ class FitStage:
         place: int,
         batch: ObservedBatch,
         evidence: Evidence,
-        seen: Indices | None,
+        index: Tensor,
         ids: Sequence[str] = (),
     ) -> None:
         """Accumulate a batch of the dataloader number ``place``."""
-        index = self.rows[place].index.take(batch.size, seen)
-        if batch.order is not None:
-            index = index[batch.order.to(index.device)]
         self.fitting.add(batch, evidence, index != REPEATED)
 
     def settle(self) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_gradmetrics.classifier.forward import Inputs
 from lightning_gradmetrics.results.finite import finite_rows
-from lightning_gradmetrics.results.sample_index import REPEATED, UNKNOWN, Indices, SampleIndex
+from lightning_gradmetrics.results.sample_index import REPEATED, UNKNOWN, SampleIndex
 
 __all__ = ["FurtherColumns", "Rows", "Unscored", "empty_results"]
 
@@ -94,61 +94,31 @@ class Rows:
 
     def add(
         self,
+        index: Tensor,
         inputs: Inputs | None,
         logits: Tensor,
         labels: Tensor | None,
         scores: Mapping[str, Tensor],
-        seen: Indices | None = None,
         vectors: Mapping[str, Tensor] | None = None,
         ids: Sequence[str] = (),
         further: FurtherColumns | None = None,
-        order: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Add a batch, and return its columns: ``index``, ``prediction``, ``label`` and ``finite``, ``(N,)`` each.
 
         Args:
+            index: The index of each row ``(N,)``.
             inputs: The model's inputs.
             logits: ``(N, C)``.
             labels: True labels ``(N,)``, or ``None``.
             scores: The scores by name, ``(N,)`` each.
-            seen: The indices that the loader drew for this batch, if it recorded them.
             vectors: Additional columns ``(N, ...)`` by name.
             ids: The id of each sample, if the rows have ids.
             further: Additional columns of texts or images.
-            order: The position of each row in the loader's batch ``(N,)``, or ``None`` if the order is the same.
-
-        Raises:
-            ValueError: If the number of ids is not N.
         """
         if self.unscored is not None:
             self.unscored.settle()
-        index = self.indices(len(logits), seen, ids, order)
         finite = finite_rows(inputs, (logits, *scores.values()), len(logits))
         return self.keep(index, finite, logits, labels, scores, vectors, ids, further)
-
-    def indices(
-        self, size: int, seen: Indices | None = None, ids: Sequence[str] = (), order: Tensor | None = None
-    ) -> Tensor:
-        """Return the index of each row of the next batch ``(N,)``.
-
-        Args:
-            size: The number of rows ``N``.
-            seen: As for :meth:`add`.
-            ids: As for :meth:`add`.
-            order: As for :meth:`add`.
-
-        Raises:
-            ValueError: If the number of ids is not N.
-        """
-        index = self.index.take(size, seen)
-        if order is not None:
-            index = index[order.to(index.device)]
-        if self.has_ids and len(ids) != size:
-            raise ValueError(
-                f"sample_id= returned {len(ids)} ids for a batch of {size} samples; expected one id per sample"
-            )
-        self.added += size
-        return index
 
     def keep(
         self,
@@ -161,7 +131,7 @@ class Rows:
         ids: Sequence[str] = (),
         further: FurtherColumns | None = None,
     ) -> dict[str, Tensor]:
-        """Add rows with their :meth:`indices`, and return the columns that :meth:`add` returns.
+        """Add rows whose scores were computed later than their other columns; arguments and result are those of :meth:`add`.
 
         Args:
             index: The index of each row ``(N,)``.
@@ -185,6 +155,7 @@ class Rows:
             batch.update(further.named())
         self._keep(batch)
         self.ids += ids
+        self.added += len(logits)
         self.kept += len(logits)
         self.size += sum(values.nbytes for values in batch.values())
         return columns

@@ -146,11 +146,7 @@ class SampleIndex:
     known: Indices | None = None
     batch_size: int | None = None
     position: int = 0
-    last: Tensor | None = None
-    """The indices of the last batch."""
     committed: np.ndarray[Any, Any] | None = None
-    moved: Tensor | None = None
-    """The position in the loader's batch ``(N,)`` of each row of the next batch, -1 if unknown; ``None`` if no row moved."""
 
     @classmethod
     def of(cls, loader: Any, rank: int = 0, world_size: int = 1) -> SampleIndex:
@@ -159,12 +155,13 @@ class SampleIndex:
         size = batches.batch_size if isinstance(batches, UnfinishedBatches) else getattr(loader, "batch_size", None)
         return cls(sample_indices(loader, rank, world_size), size)
 
-    def take(self, rows: int, seen: Indices | None = None) -> Tensor:
+    def take(self, rows: int, seen: Indices | None = None, moved: Tensor | None = None) -> Tensor:
         """Return the indices of the next batch ``(rows,)``: -1 for a row that is left out, -2 for an unknown index.
 
         Args:
-            rows: The number of rows that the model returned.
+            rows: The number of rows that the step received.
             seen: The indices that the loader drew for this batch, if it recorded them.
+            moved: The position in the loader's batch of each row ``(rows,)``, -1 if unknown; ``None`` if no row moved.
 
         Raises:
             ValueError: If some rows are left out and it is unknown which.
@@ -172,28 +169,8 @@ class SampleIndex:
         indices = self._next(rows, seen)
         if seen is None:
             self.position += len(indices)
-        moved, self.moved = self.moved, None
-        is_known = len(indices) == rows
-        drawn = torch.from_numpy(indices) if is_known else torch.full((rows,), UNKNOWN)
-        self.last = drawn if moved is None else _moved(drawn, moved)
-        return self.last
-
-    def part(self, rows: int, part: Tensor | None, size: int, seen: Indices | None = None) -> Indices:
-        """Return the indices of the samples that the step selected from the next batch, for :meth:`take`.
-
-        Args:
-            rows: The number of rows of the batch.
-            part: The position in the batch of each selected sample; ``None`` if it is unknown.
-            size: The number of selected samples.
-            seen: The indices that the loader drew for this batch, if it recorded them.
-        """
-        indices = self._next(rows, seen)
-        if seen is None:
-            self.position += len(indices)
-        if part is None or len(indices) != rows:
-            return np.full(size, UNKNOWN)
-        chosen: Indices = indices[part.cpu().numpy()]
-        return chosen
+        drawn = torch.from_numpy(indices) if len(indices) == rows else torch.full((rows,), UNKNOWN)
+        return drawn if moved is None else _moved(drawn, moved)
 
     def skip(self, rows: int, seen: Indices | None = None) -> bool:
         """Skip the next batch and return True if an earlier run committed all its rows; otherwise return False.

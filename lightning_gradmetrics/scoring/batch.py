@@ -48,7 +48,6 @@ class ObservedBatch:
         labels: True labels ``(N,)``, or ``(N, *P)``, or ``None``.
         ood: Which samples are out-of-distribution ``(N,)``, bool, or ``None`` if unknown.
         dataset: The name of the dataset, for messages.
-        order: The position of each sample in the dataloader's batch ``(N,)``, or ``None`` if the order is the same.
         called: The module that was called with the inputs; ``None`` for the model itself.
         one_logit: Whether the logits are ``(0, z)`` of a model with one logit z.
         slope: The derivative of the logits with respect to the head's output: a number, or ``(N, C, *P)``.
@@ -66,7 +65,6 @@ class ObservedBatch:
     labels: Tensor | None = None
     ood: Tensor | None = None
     dataset: str | None = None
-    order: Tensor | None = None
     called: nn.Module | None = None
     one_logit: bool = False
     slope: Tensor | float = 1.0

@@ -284,7 +284,7 @@ def _gather(
     for batch, evidence in gathered(model, batches, scorer, ood, sample_axis):
         if batch.tokens is not None:
             raise ValueError(f"cross_fit takes classifiers of samples, and the dataset {name!r} has texts: use lgm.fit")
-        rows.add(batch.inputs, batch.logits, batch.labels, {})
+        rows.add(rows.index.take(batch.size), batch.inputs, batch.logits, batch.labels, {})
         finite = finite_rows(batch.inputs, [batch.logits], batch.size).cpu()
         parts.append(Part(evidence, keys_of(batch), finite))
     return parts, rows.table()

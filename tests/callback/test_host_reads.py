@@ -21,7 +21,7 @@ from lightning_gradmetrics.scoring.registry import make
 CHECKS = {"_check_head", "_checked", "equals"}
 """The checks of a batch: the head's output is the logits, labels are classes, and the step changed no input in place."""
 
-ON_CPU = {"_warn_of_unknown_index"}
+ON_CPU = {"_index"}
 """Functions that read only tensors that are on the CPU already: the index of the samples."""
 
 BUFFERS = {"_restore_small"}

@@ -318,6 +318,23 @@ def test_samples_that_a_step_selects_keep_their_labels_index_and_ids(shuffle: bo
     assert_scores(callback, net, x[kept], NAMES)
 
 
+@pytest.mark.filterwarnings("ignore:left out of the results")
+def test_images_that_a_step_selects_keep_their_label_maps() -> None:
+    net, x, y = nn.Conv2d(3, 4, 3, padding=1), numbers(6, 3, 5, 5).float(), torch.randint(0, 4, (6, 5, 5))
+    callback = lgm.GradientMetrics("nll")
+    test_run(callback, stepped(lambda module, batch: module(batch[0][[5, 0, 2]]), net), batches(x, y, batch_size=6))
+    expected = nn.functional.cross_entropy(net(x), y, reduction="none").mean((1, 2))[[0, 2, 5]]
+    assert callback.results["index"].to_pylist() == [0, 2, 5]
+    torch.testing.assert_close(column(callback, "nll"), expected.detach().double(), rtol=1e-5, atol=1e-6)
+
+
+def test_too_few_ids_of_reordered_samples_are_refused() -> None:
+    callback = lgm.GradientMetrics("energy", sample_id=lambda batch: batch[0][1:, 0].tolist())
+    module = stepped(lambda module, batch: module(batch[0][[2, 3, 1, 0]]), mlp(5, 3))
+    with pytest.raises(ValueError, match="returned 3 ids for a batch of 4 samples"):
+        test_run(callback, module, batches(numbers(4, 5), torch.zeros(4).long()))
+
+
 @pytest.mark.filterwarnings("ignore:the index of the rows")
 def test_several_views_of_each_sample_have_no_labels_and_advice_that_works() -> None:
     def step(module: Any, batch: Any) -> Any:

@@ -72,6 +72,26 @@ def test_tokens_have_the_scores_of_a_second_pass(kind: str) -> None:
     assert_tokens(run(LanguageStep(model), texts()), model)
 
 
+@pytest.mark.filterwarnings("ignore:left out of the results")
+@pytest.mark.parametrize("with_labels", [False, True])
+@pytest.mark.parametrize("chosen", [[3, 1, 4, 0, 2], [4, 1]])
+def test_texts_that_a_step_reorders_or_selects_keep_their_tokens_and_index(
+    chosen: list[int], with_labels: bool
+) -> None:
+    class Choosing(Stepped):
+        def step(self, batch: Any) -> Any:
+            keys = batch if with_labels else ("input_ids", "attention_mask")
+            return self.net(**{key: batch[key][chosen] for key in keys})
+
+    model = language_model("untied")
+    callback, kept = run(Choosing(model), texts(), ["nll", "entropy"], batch_size=5), sorted(chosen)
+    expected = lgm.score_generation(model, PROMPTS, ANSWERS, ["nll"]).tokens["nll"]
+    assert callback.results["index"].to_pylist() == kept
+    assert callback.results["token_ids"].to_pylist() == [ANSWERS[row] for row in kept]
+    found = torch.tensor(callback.results["tokens/nll"].combine_chunks().flatten().to_pylist()).double()
+    torch.testing.assert_close(found, torch.cat([expected[row] for row in kept]).double(), rtol=1e-5, atol=1e-9)
+
+
 OF_TEXTS = ["grand", "semgrad", "hybridgrad"]
 OF_TIED = [*OF_TEXTS, "gradnorm(target=all)", "pseudo_label(target='*layers.1*',statistic=l2)", "gradnorm(target=tied)"]
 

@@ -74,7 +74,7 @@ def test_small_batches_are_stored_and_read_one_by_one(tmp_path: Path, model: nn.
         stage = ScoreStage(scorer, [rows], MemoryStore([rows], lambda table: table))
         for images in batches:
             batch = StepObserver(scorer, model).own(images)
-            stage.add(0, batch, scorer.evidence(model, batch), None)
+            stage.add(0, batch, scorer.evidence(model, batch), torch.arange(batch.size))
         stage.settle()
         folder.store(scorer)
         assert rows.table()["energy"].to_pylist() == expected.tolist() and scorer.read == reads

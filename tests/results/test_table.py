@@ -13,7 +13,7 @@ from lightning_gradmetrics.results.table import merge_results
 
 
 def add(rows: Rows, n: int, labels: torch.Tensor | None = None) -> None:
-    rows.add(torch.randn(n, 2), torch.randn(n, 3), labels, {"s": torch.arange(float(n))})
+    rows.add(rows.index.take(n), torch.randn(n, 2), torch.randn(n, 3), labels, {"s": torch.arange(float(n))})
 
 
 @pytest.mark.parametrize("size", [5, 6, 7])
@@ -24,7 +24,8 @@ def test_each_sample_occurs_once_over_all_processes(size: int, world: int) -> No
         loader = DataLoader(dataset, 2, sampler=DistributedSampler(dataset, world, rank, shuffle=False))
         rows = Rows("d", ["s"], SampleIndex.of(loader, rank, world))
         for (batch,) in loader:
-            rows.add(batch.float()[:, None], torch.zeros(len(batch), 3), batch, {"s": batch.float()})
+            index = rows.index.take(len(batch))
+            rows.add(index, batch.float()[:, None], torch.zeros(len(batch), 3), batch, {"s": batch.float()})
         tables.append(rows.table())
     merged = merge_results(tables, ["d"])
     assert merged["index"].to_pylist() == merged["label"].to_pylist() == list(range(size))
