@@ -19,6 +19,7 @@ class SampleRows:
         order: The position in the batch of each sample ``(N,)``, or ``None`` if the samples are all rows in their order.
 
     Example:
+        >>> import torch
         >>> rows = SampleRows(4, torch.tensor([3, 1]))
         >>> rows.of_list(["a", "b", "c", "d"]), rows.left_out
         (['d', 'b'], 2)
