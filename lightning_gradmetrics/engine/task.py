@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradmetrics.classifier.forward import Inputs, call, map_tensors, tensors_in
-from lightning_gradmetrics.classifier.norm_gradients import exact_norm_gradients
+from lightning_gradmetrics.classifier.norm_gradients import exact_norm_gradients, has_instance_norms
 from lightning_gradmetrics.classifier.preservation import ModelRecord
 from lightning_gradmetrics.classifier.tensor_records import version_of
 from lightning_gradmetrics.engine.kernels import class_residuals
@@ -138,13 +138,15 @@ class Task:
     def forward(self, repairs_norms: bool = True) -> Tensor:
         """Return the model's logits ``(N, C)``.
 
+        A model without norms to repair runs without a function mode, in which compiled functions would not run compiled.
+
         Args:
             repairs_norms: Whether a backward pass may follow, in which norms may get gradients with unusual strides.
 
         Raises:
             SampleAxisError: If the logits do not have one row per sample.
         """
-        if not repairs_norms:
+        if not repairs_norms or (self.size > 1 and not has_instance_norms(self.model)):
             return self.logits_of(self.inputs, self.size)
         with exact_norm_gradients(self.size):
             return self.logits_of(self.inputs, self.size)
