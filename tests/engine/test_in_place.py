@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from lightning_gradmetrics.engine import gradient_statistics
-from lightning_gradmetrics.engine.passes import path_record
+from lightning_gradmetrics.engine.passes import path_record, strategy
 from lightning_gradmetrics.engine.passes.large_path import LargePass
 from tests.engine.cases import worst_difference
 from tests.engine.known_paths import paths_of
@@ -152,6 +152,20 @@ def test_results_are_those_of_the_reference(end: Any, norm: Any, written: list[s
     for _ in range(3):
         compare(model)
     assert len(written) == ENDS[end]
+
+
+@pytest.mark.parametrize("end", [_usual, _other_side, _twice, _after_relu_of_the_sum])
+def test_outputs_of_folded_norms_are_changed_in_place(
+    end: Any, written: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gradient of a folded norm's weight is not read from its output after the sum is written there."""
+    monkeypatch.setattr(strategy, "MOST_BYTES", 0)
+    model = net(end)
+    for _ in range(4):
+        compare(model)
+    (path,) = paths_of(model)
+    assert written and path.is_in_place
+    assert sum(call.is_norm for call in path.calls) == 2
 
 
 def _stores(z: Tensor) -> None:
