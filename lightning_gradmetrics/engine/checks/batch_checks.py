@@ -134,6 +134,10 @@ class BatchChecks:
         has_unit_sizes = bool(self.readers) or strategy.sizes is None or strategy.sizes.is_unit(alone, self.here[0])
         if has_unit_sizes and (alone.path, alone.reads) == (outline.path, outline.reads):
             return
+        if strategy.sizes is not None and strategy.sizes.is_squeezed_unit(alone, outline, self.here[0]):
+            task, logits = self.task, self.logits[-1]
+            check_alone(task, logits, chosen_samples(logits, ALONE_IF_NEW), self.state, strategy.quiet, outline)
+            return
         self._require_verified()
         self.is_covered, strategy.sizes = False, None
         strategy.alone = ALONE_IF_NEW if alone.reads == outline.reads and has_unit_sizes else EVERY_SAMPLE

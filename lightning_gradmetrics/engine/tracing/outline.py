@@ -77,6 +77,7 @@ class Outline:
         self.reads = 0
         self.leaves = leaves or {}
         self._calls: list[Any] = []
+        self._axes: list[int] = []
         self._hashed: tuple[int, int] | None = None
         self._values: list[Any] = []
         self._made: dict[int, tuple[ReferenceType[Tensor], int, int]] = {}
@@ -87,13 +88,17 @@ class Outline:
         """A number for the calls, their tensors and their sizes."""
         length = len(self._calls) + len(self.sizes)
         if self._hashed is None or self._hashed[0] != length:  # every further call makes the lists longer
-            self._hashed = length, hash((*self._calls, repr(self.sizes)))
+            self._hashed = length, hash((*self._calls, *self._axes, repr(self.sizes)))
         return self._hashed[1]
 
     @property
     def path(self) -> int:
         """A number for the calls, their tensors and their constants, the same for all sizes unless the model branches on them."""
-        return hash((*self._calls, *self._values))
+        return hash((*self._calls, *self._axes, *self._values))
+
+    def has_calls_of(self, other: Outline) -> bool:
+        """Return whether another forward pass makes the same calls, with the same tensors and constants, whatever axes results have."""
+        return (self.reads, self._calls, self._values) == (other.reads, other._calls, other._values)
 
     @property
     def precisions(self) -> tuple[torch.dtype, ...]:
@@ -137,7 +142,8 @@ class Outline:
             self._count += 1
             self._made[id(output)] = ref(output), self._count, version_of(output)
             shape = output.shape
-            calls += (output.dtype, len(shape))
+            calls.append(output.dtype)
+            self._axes.append(len(shape))
             self.sizes += shape
 
     def end(self, logits: Tensor) -> Outline:

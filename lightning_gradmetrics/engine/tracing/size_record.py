@@ -56,10 +56,30 @@ class SizeRecord:
         """
         return _units(alone, self.grows, 1) == self.units.get(shapes)
 
+    def is_squeezed_unit(self, alone: Outline, outline: Outline, shapes: Hashable) -> bool:
+        """Return whether one sample alone differs from a batch by axes of length 1 only, for known shapes of the inputs.
+
+        ``squeeze()`` without an axis removes the sample axis of one sample alone. Its calls, and its sizes other than 1, must be
+        those of the batch.
+
+        Args:
+            alone: The forward pass of one sample of the batch.
+            outline: The forward pass of the batch.
+            shapes: The shapes of the inputs.
+        """
+        known = self.units.get(shapes)
+        return known is not None and alone.path != self.path and self._has_units(alone, outline, known)
+
+    def _has_units(self, alone: Outline, outline: Outline, units: tuple[int, ...]) -> bool:
+        """Return whether the sizes of one sample alone are those, apart from axes of length 1 if it has not the axes of the batch."""
+        if alone.path == self.path:
+            return _units(alone, self.grows, 1) == units
+        return alone.has_calls_of(outline) and _others(alone.sizes) == _others(units)
+
     def learn(self, outline: Outline, samples: int, alone: Outline, shapes: Hashable) -> bool:
         """Add new shapes of the inputs, if one sample alone shows that the sizes of a batch grow as in the proof.
 
-        Axes of length 1, which torch broadcasts, must be those of the proof.
+        Axes of length 1, which torch broadcasts, must be those of the proof. One sample alone may lack some, as after ``squeeze()``.
 
         Args:
             outline: The forward pass of a batch.
@@ -67,11 +87,11 @@ class SizeRecord:
             alone: The forward pass of one of its samples.
             shapes: The shapes of the inputs.
         """
-        if not outline.path == alone.path == self.path:
-            return False
         units = _units(outline, self.grows, samples)
         known = next(iter(self.units.values()))
-        if units is None or units != _units(alone, self.grows, 1) or _ones(units) != _ones(known):
+        if outline.path != self.path or units is None or _ones(units) != _ones(known):
+            return False
+        if not self._has_units(alone, outline, units):
             return False
         self._add(shapes, units)
         if len(self.observed) < MOST_COMPARED:
@@ -140,6 +160,11 @@ def _are_on_a_line(first: Sequence[int], second: Sequence[int], third: Sequence[
         elif (b - a) * other != (c - a) * step:
             return False
     return True
+
+
+def _others(sizes: Iterable[int]) -> list[int]:
+    """Return the sizes other than 1."""
+    return [size for size in sizes if size != 1]
 
 
 def _ones(sizes: Iterable[int]) -> list[bool]:
