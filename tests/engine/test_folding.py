@@ -88,6 +88,8 @@ PAIRS: dict[str, tuple[Callable[[], tuple[nn.Module, nn.Module]], tuple[int, ...
     "1d": (lambda: (nn.Conv1d(3, 6, 5, padding=2, dilation=1), nn.Conv1d(6, 4, 3, padding="same", dilation=2)), (40,)),
     "3d": (lambda: (nn.Conv3d(3, 5, 2), nn.Conv3d(5, 4, 3, padding=1, bias=False)), (5, 6, 7)),
     "groups": (lambda: (nn.Conv2d(3, 40, 3, 2, 1), nn.Conv2d(40, 12, 3, padding=1, groups=2)), (21, 21)),
+    "depthwise": (lambda: (nn.Conv2d(3, 36, 3, 2, 1), nn.Conv2d(36, 36, 3, padding=1, groups=36)), (12, 11)),
+    "short groups": (lambda: (nn.Conv2d(3, 40, 3, 2, 1), nn.Conv2d(40, 30, 3, groups=10, bias=False)), (13, 12)),
     "same": (lambda: (nn.Conv2d(3, 8, 4, padding="same"), nn.Conv2d(8, 8, 1)), (9, 10)),
 }
 

@@ -12,10 +12,11 @@ from torch import Tensor
 from lightning_gradmetrics.engine.kernels.fused import fused_depthwise, fused_products, fused_rows, fused_supports
 from lightning_gradmetrics.engine.kernels.geometry import ConvGeometry
 from lightning_gradmetrics.engine.kernels.gram import conv_gram_pays, conv_square
-from lightning_gradmetrics.engine.kernels.native import native_depthwise, native_products, supports
+from lightning_gradmetrics.engine.kernels.lanes import native_convolution
+from lightning_gradmetrics.engine.kernels.native import supports
 from lightning_gradmetrics.engine.kernels.operators import operator
 from lightning_gradmetrics.engine.kernels.reduction import chosen_moments, chunked_moments
-from lightning_gradmetrics.engine.kernels.totals import PositionTotals, empty_results, new_totals, operator_results
+from lightning_gradmetrics.engine.kernels.totals import PositionTotals, empty_results, operator_results
 from lightning_gradmetrics.engine.kernels.traced import in_graph, key_names, keys_of, named_moments
 from lightning_gradmetrics.gradients.precision import at_least_float32
 from lightning_gradmetrics.gradients.statistics import Moment, Moments, accumulator
@@ -159,7 +160,7 @@ def scaled_products_pay(x: Tensor, outputs: int, geometry: ConvGeometry, wanted:
     keys = frozenset(wanted)
     size = geometry.output_size(x.shape[2:])
     g = torch.empty(1, dtype=x.dtype).expand(len(x), outputs, *size)
-    if keys == {"sum"} or not supports(x, keys) or _is_depthwise(x, g, geometry) or 0 in size:
+    if keys == {"sum"} or not supports(x, keys) or 0 in size:
         return False
     if keys <= {"sum", 2.0} and conv_gram_pays(x, g, geometry):
         return False
@@ -190,9 +191,7 @@ def _by_products(
 ) -> Moments:
     """Return moments from the products; the compiled kernels never write the weight gradients to memory."""
     if g.numel() and supports(g, keys):
-        if _is_depthwise(x, g, geometry):
-            return native_depthwise(x, g, geometry, keys)
-        return native_products(x, g, geometry, keys, bias=new_totals(totals, g))
+        return native_convolution(x, g, geometry, keys, totals=totals)
     entries = g.shape[1] * x.shape[1] // geometry.groups * geometry.entries
     return chunked_moments(lambda rows: conv_gradient(x[rows], g[rows], geometry), g, entries, keys)
 

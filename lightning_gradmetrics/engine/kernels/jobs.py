@@ -13,6 +13,7 @@ __all__ = [
     "GramJob",
     "GroupNormJob",
     "GroupNormLastJob",
+    "GroupedJob",
     "LinearGramJob",
     "LookupJob",
     "NormJob",
@@ -60,7 +61,7 @@ class ProductJob(ctypes.Structure):
     """``product_job`` of ``products.c``."""
 
     _fields_ = (
-        _pointers("x g out scratch rows positions scale weight products totals bias")
+        _pointers("x g out scratch rows positions scale weight packed products totals bias")
         + _integers("scratch_bytes samples groups pieces mode threads row_count columns channels layout")
         + _triples("size pad out_size")
         + _integers("x_sample x_channel")
@@ -147,8 +148,23 @@ class DepthwiseJob(ctypes.Structure):
     """``depthwise_job`` of ``depthwise.c``."""
 
     _fields_ = (
-        _pointers("x g out scratch entries positions")
+        _pointers("x g out scratch entries positions scale weight packed products totals")
         + _integers("scratch_bytes samples channels blocks mode entry_count")
+        + _triples("size pad out_size")
+        + _integers("x_sample x_channel")
+        + _triples("x_step")
+        + _integers("g_sample g_channel")
+        + _triples("g_step")
+        + _counters("next worker lost")
+    )
+
+
+class GroupedJob(ctypes.Structure):
+    """``grouped_job`` of ``grouped.c``."""
+
+    _fields_ = (
+        _pointers("x g out scratch entries positions scale weight packed products totals bias")
+        + _integers("scratch_bytes samples groups inputs outputs blocks mode entry_count")
         + _triples("size pad out_size")
         + _integers("x_sample x_channel")
         + _triples("x_step")
@@ -245,6 +261,7 @@ JOB_SIZES: dict[str, type[ctypes.Structure]] = {
     "group_norm_job_bytes": GroupNormJob,
     "group_norm_last_job_bytes": GroupNormLastJob,
     "depthwise_job_bytes": DepthwiseJob,
+    "grouped_job_bytes": GroupedJob,
     "residual_job_bytes": ResidualJob,
     "lookup_job_bytes": LookupJob,
     "norm_job_bytes": NormJob,

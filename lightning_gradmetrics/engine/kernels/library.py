@@ -51,6 +51,7 @@ JOBS = (
     "squares",
     "linear_squares",
     "depthwise",
+    "grouped",
     "class_residuals",
     "looked_up_rows",
     "norm_weight_rows",
@@ -66,7 +67,13 @@ JOBS = (
 )
 """The kernel functions; each takes a job, a thread runner and a number of threads."""
 
-SCRATCH_SIZES = ("scratch_bytes", "gram_scratch_bytes", "depthwise_scratch_bytes", "resampled_scratch_bytes")
+SCRATCH_SIZES = (
+    "scratch_bytes",
+    "gram_scratch_bytes",
+    "depthwise_scratch_bytes",
+    "grouped_scratch_bytes",
+    "resampled_scratch_bytes",
+)
 """The functions that return the memory that one thread needs for packed operands."""
 
 

@@ -8,14 +8,13 @@ import math
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_gradmetrics.engine.kernels.geometry import ConvGeometry, ceil_div, three
-from lightning_gradmetrics.engine.kernels.jobs import DepthwiseJob, ProductJob, RowJob, Triple
+from lightning_gradmetrics.engine.kernels.jobs import ProductJob, RowJob, Triple
 from lightning_gradmetrics.engine.kernels.library import library_for, parallel_runner
 from lightning_gradmetrics.engine.kernels.partial import ORDER, checked_moments, joined_moments
 from lightning_gradmetrics.gradients.statistics import Moment, Moments
@@ -23,7 +22,8 @@ from lightning_gradmetrics.gradients.statistics import Moment, Moments
 __all__ = [
     "ChannelScale",
     "TensorLayout",
-    "native_depthwise",
+    "kernel_mode",
+    "kernel_offsets",
     "native_products",
     "native_rows",
     "run_job",
@@ -92,7 +92,7 @@ def scratch_address(size: int) -> int:
     return _scratch.address
 
 
-def _mode(wanted: Iterable[Moment]) -> int:
+def kernel_mode(wanted: Iterable[Moment]) -> int:
     """Return 0 if the sum and the sum of squares are enough, else 1."""
     return int(not set(wanted) <= {"sum", 2.0})
 
@@ -111,14 +111,16 @@ def native_rows(flat: Tensor, wanted: Iterable[Moment]) -> Moments:
         pieces=pieces,
         columns=columns,
         x_sample=flat.stride(0),
-        mode=_mode(keys),
+        mode=kernel_mode(keys),
     )
     run_job(job, library_for(flat.dtype).row_statistics, threads_for(flat.numel()))
     return joined_moments(out, keys)
 
 
 @functools.lru_cache(maxsize=512)
-def _offsets(channels: int, lanes: int, size: Sizes, out_size: Sizes, geometry: ConvGeometry) -> tuple[Tensor, Tensor]:
+def kernel_offsets(
+    channels: int, lanes: int, size: Sizes, out_size: Sizes, geometry: ConvGeometry
+) -> tuple[Tensor, Tensor]:
     """Return where each row (channel, kernel entry) and each output position starts in the input as the kernel reads it.
 
     Args:
@@ -178,8 +180,8 @@ class ChannelScale:
     """A factor for each output channel of a convolution, and two sums for each sample and channel.
 
     Args:
-        scale: The factors, ``(C_out,)``.
-        weight: The weight, ``(C_out, C_in / groups, *k)``.
+        scale: The factors, ``(C_out,)``, contiguous.
+        weight: The weight, ``(C_out, C_in / groups, *k)``, likewise.
         products: Is set to the sum of the weight times its gradient over the entries of each channel, before it is scaled,
             ``(N, C_out)``, float64. This is the sum over the positions of the output, without a bias, times its gradient.
         totals: Is set to the sum over the positions of the gradient of the output, likewise.
@@ -194,21 +196,17 @@ class ChannelScale:
     def for_samples(samples: int, weight: Tensor, scale: Tensor) -> ChannelScale:
         """Return the factors, with room for the sums."""
         products, totals = torch.zeros(2, samples, len(weight), dtype=torch.float64)
-        return ChannelScale(scale, weight, products, totals)
+        return ChannelScale(scale.contiguous(), weight.detach().contiguous(), products, totals)
 
-    def packed(self, groups: int, lanes: int, columns: int) -> tuple[Tensor, Tensor]:
-        """Return the factors ``(groups, columns)`` and the weight ``(groups, rows, columns)`` in the order of the kernels.
+    def describe(self, job: Any, packed: Tensor) -> None:
+        """Write the addresses to the arguments of a kernel. The tensors must be alive until the kernel ends.
 
         Args:
-            groups: The groups of the convolution.
-            lanes: The number of interleaved channels; see :func:`_offsets`.
-            columns: The number of columns, which is at least that of the output channels of a group.
+            job: The arguments.
+            packed: Memory for the factors and the weight in the order of the kernel.
         """
-        own = len(self.weight) // groups
-        weight = self.weight.detach().reshape(groups, own, self.weight.shape[1], -1)
-        weight = weight.permute((0, 2, 3, 1) if lanes == 1 else (0, 3, 2, 1))
-        padding = (0, columns - own)
-        return F.pad(self.scale.detach().reshape(groups, own), padding), F.pad(weight, padding).contiguous()
+        job.scale, job.weight, job.packed = self.scale.data_ptr(), self.weight.data_ptr(), packed.data_ptr()
+        job.products, job.totals = self.products.data_ptr(), self.totals.data_ptr()
 
 
 def native_products(
@@ -230,16 +228,15 @@ def native_products(
         bias: Receives the sums of ``g`` over the positions, ``(N, C_out)``, of the type of ``g``.
     """
     keys, library, threads = frozenset(wanted), library_for(g.dtype), threads_for()
-    plan = _product_plan(TensorLayout.of(x), TensorLayout.of(g), geometry, _mode(keys), g.dtype, threads)
+    plan = _product_plan(TensorLayout.of(x), TensorLayout.of(g), geometry, kernel_mode(keys), g.dtype, threads)
     out = torch.empty(plan.out_shape, dtype=torch.float64)
     job = ProductJob.from_buffer_copy(plan.job)
     job.x, job.g, job.out = x.data_ptr(), g.data_ptr(), out.data_ptr()
     job.scratch = scratch_address(job.scratch_bytes * threads)
     job.bias = None if bias is None else bias.data_ptr()
     if scaled is not None:
-        scale, weight = scaled.packed(geometry.groups, plan.lanes, plan.columns)  # alive until the kernel ends
-        job.scale, job.weight = scale.data_ptr(), weight.data_ptr()
-        job.products, job.totals = scaled.products.data_ptr(), scaled.totals.data_ptr()
+        packed = g.new_empty(plan.scaling)  # alive until the kernel ends
+        scaled.describe(job, packed)
     run_job(job, library.products, threads)
 
     def wide(rows: Tensor) -> Moments:
@@ -258,15 +255,13 @@ class _ProductPlan(NamedTuple):
         job: The arguments without the addresses of tensors.
         offsets: The tensors whose addresses are among the arguments.
         out_shape: The shape of the partial statistics.
-        lanes: The number of interleaved channels.
-        columns: The number of columns of all panels.
+        scaling: The number of entries of the factors and the weight in the order of the kernel.
     """
 
     job: ProductJob
     offsets: tuple[Tensor, Tensor]
     out_shape: Sizes
-    lanes: int
-    columns: int
+    scaling: int
 
 
 @functools.lru_cache(maxsize=512)
@@ -279,7 +274,7 @@ def _product_plan(
     channels, columns = x.shape[1] // groups, g.shape[1] // groups
     layout = _layout(x, any(geometry.padding))
     lanes = library.tile_rows() if layout == 2 else 1
-    rows, positions = _offsets(channels, lanes, size, out_size, solid)
+    rows, positions = kernel_offsets(channels, lanes, size, out_size, solid)
     panels = ceil_div(columns, library.tile_columns())
     pieces = _pieces(samples * groups, panels, threads)
     packed = ceil_div(channels, lanes) * lanes * math.prod(solid.padded_size(size)) if layout else 0
@@ -303,55 +298,5 @@ def _product_plan(
     job.x_sample, job.x_channel, job.x_step = x.stride[0], x.stride[1], Triple(*three(x.stride[2:], 0))
     job.g_sample, job.g_channel, job.g_step = g.stride[0], g.stride[1], Triple(*three(g.stride[2:], 0))
     out_shape = (samples, groups * pieces, len(ORDER))
-    return _ProductPlan(job, (rows, positions), out_shape, lanes, panels * library.tile_columns())
-
-
-def native_depthwise(x: Tensor, g: Tensor, geometry: ConvGeometry, wanted: Iterable[Moment]) -> Moments:
-    """Return the moments for a depthwise convolution, ``C_in = C_out = groups``, whose channels are vector lanes."""
-    keys, library, threads = frozenset(wanted), library_for(g.dtype), threads_for()
-    plan = _depthwise_plan(TensorLayout.of(x), TensorLayout.of(g), geometry, _mode(keys), g.dtype)
-    out = torch.empty(plan.out_shape, dtype=torch.float64)
-    job = DepthwiseJob.from_buffer_copy(plan.job)
-    job.x, job.g, job.out = x.data_ptr(), g.data_ptr(), out.data_ptr()
-    job.scratch = scratch_address(job.scratch_bytes * threads)
-    run_job(job, library.depthwise, threads)
-
-    def wide(rows: Tensor) -> Moments:
-        return native_depthwise(x[rows].double(), g[rows].double(), geometry, keys)
-
-    return checked_moments(out, g, keys, job.lost > 0, wide)
-
-
-class _DepthwisePlan(NamedTuple):
-    """What calls of the depthwise kernel with tensors of the same shapes and strides share; see :class:`_ProductPlan`."""
-
-    job: DepthwiseJob
-    offsets: tuple[Tensor, Tensor]
-    out_shape: Sizes
-
-
-@functools.lru_cache(maxsize=512)
-def _depthwise_plan(
-    x: TensorLayout, g: TensorLayout, geometry: ConvGeometry, mode: int, dtype: torch.dtype
-) -> _DepthwisePlan:
-    library, solid = library_for(dtype), geometry.in_three_dimensions()
-    samples, channels = g.shape[:2]
-    size, out_size, lanes = three(x.shape[2:], 1), three(g.shape[2:], 1), library.tile_columns()
-    entries, positions = _offsets(1, lanes, size, out_size, solid)
-    blocks = ceil_div(channels, lanes)
-    job = DepthwiseJob(
-        entries=entries.data_ptr(),
-        positions=positions.data_ptr(),
-        scratch_bytes=library.depthwise_scratch_bytes(math.prod(solid.padded_size(size)), len(positions), 0),
-        samples=samples,
-        channels=channels,
-        blocks=blocks,
-        mode=mode,
-        entry_count=geometry.entries,
-        size=Triple(*size),
-        pad=Triple(*solid.padding),
-        out_size=Triple(*out_size),
-    )
-    job.x_sample, job.x_channel, job.x_step = x.stride[0], x.stride[1], Triple(*three(x.stride[2:], 0))
-    job.g_sample, job.g_channel, job.g_step = g.stride[0], g.stride[1], Triple(*three(g.stride[2:], 0))
-    return _DepthwisePlan(job, (entries, positions), (samples, blocks, len(ORDER)))
+    scaling = groups * (1 + job.row_count) * panels * library.tile_columns()
+    return _ProductPlan(job, (rows, positions), out_shape, scaling)

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.engine.kernels.native import ChannelScale, native_products
+from lightning_gradmetrics.engine.kernels.lanes import native_convolution
+from lightning_gradmetrics.engine.kernels.native import ChannelScale
 from lightning_gradmetrics.engine.rules.base import Call, Rule, first_axis
 from lightning_gradmetrics.engine.rules.convolution import padded_input
 from lightning_gradmetrics.engine.rules.sums import of_convolution
@@ -81,7 +82,7 @@ class _ScaledConvUse:
     def moments(self, wanted: Iterable[Moment]) -> Moments:
         use, sums = self.unscaled, ChannelScale.for_samples(len(self), self.weight, self.scale)
         self._sums[:] = [sums]
-        return native_products(use.x[:, 0], use.g[:, 0], use.geometry, wanted, sums)
+        return native_convolution(use.x[:, 0], use.g[:, 0], use.geometry, wanted, sums)
 
     def sums(self) -> ChannelScale:
         """Return the sums of each channel, which any computation of moments returns as well."""

@@ -10,30 +10,14 @@ typedef struct {
   double *out;                        /* (samples, blocks, STATISTICS) */
   char *scratch;                      /* workers x scratch_bytes */
   const int32_t *entries, *positions; /* offsets of kernel entries and output positions in the padded input */
+  const REAL *scale, *weight;         /* (channels) and (channels, entries); null if not scaled */
+  REAL *packed;                       /* memory for the same in the order of the lanes */
+  double *products, *totals;          /* (samples, channels): sums of weight and gradient, and of g over positions */
   int64_t scratch_bytes, samples, channels, blocks, mode, entry_count;
   int64_t size[3], pad[3], out_size[3];
   int64_t x_sample, x_channel, x_step[3], g_sample, g_channel, g_step[3];
   atomic_int next, worker, lost; /* lost: the number of sums of squares out of range, unless g is zero */
 } depthwise_job;
-
-/* Copies `valid` channels with a border of zeros to a plane of COLS channels; the other channels are zeros. */
-static void pack_plane(const REAL *from, int64_t channel, const int64_t step[3], const int64_t size[3],
-                       const int64_t pad[3], int valid, REAL *to) {
-  const int64_t d = size[0] + 2 * pad[0], h = size[1] + 2 * pad[1], w = size[2] + 2 * pad[2];
-  if (valid < COLS || pad[0] || pad[1] || pad[2]) memset(to, 0, sizeof(REAL) * d * h * w * COLS);
-  for (int64_t z = 0; z < size[0]; z++)
-    for (int64_t y = 0; y < size[1]; y++) {
-      const REAL *line = from + z * step[0] + y * step[1];
-      REAL *packed = to + (((z + pad[0]) * h + y + pad[1]) * w + pad[2]) * COLS;
-      if (channel == 1)
-        for (int64_t i = 0; i < size[2]; i++) memcpy(packed + i * COLS, line + i * step[2], sizeof(REAL) * valid);
-      else if (step[2] == 1)
-        pack_line(line, channel, size[2], valid, packed, COLS);
-      else
-        for (int64_t i = 0; i < size[2]; i++)
-          for (int c = 0; c < valid; c++) packed[i * COLS + c] = line[c * channel + i * step[2]];
-    }
-}
 
 /* acc[r] = sum_p g[p] x[entry r + position p], channel by channel, for `count` entries; a constant once inlined. */
 inline_always void lanes(const depthwise_job *j, const REAL *x, const vec *g, const int32_t *entries, int count,
@@ -83,6 +67,35 @@ static void entry_tile(const depthwise_job *j, const REAL *x, const vec *g, cons
   }
 }
 
+/* Copies the scale to (blocks, COLS), and the weight behind it to (blocks, entries, COLS). */
+static void pack_scaling(const depthwise_job *j) {
+  memset(j->packed, 0, sizeof(REAL) * j->blocks * (1 + j->entry_count) * COLS);
+  memcpy(j->packed, j->scale, sizeof(REAL) * j->channels);
+  REAL *to = j->packed + j->blocks * COLS;
+  for (int64_t first = 0; first < j->channels; first += COLS, to += j->entry_count * COLS) {
+    const int valid = j->channels - first < COLS ? (int)(j->channels - first) : COLS;
+    pack_line(j->weight + first * j->entry_count, j->entry_count, j->entry_count, valid, to, COLS);
+  }
+}
+
+/* Adds the products of a tile and the weight to `sums`, and multiplies the tile by the scale. */
+static void scale_entries(const loose *weight, const loose *scale, int count, vec acc[ROWS][2], vec sums[2]) {
+  for (int r = 0; r < count; r++)
+    for (int v = 0; v < 2; v++) sums[v] += acc[r][v] * weight[2 * r + v], acc[r][v] *= scale[v];
+}
+
+/* Writes the sums over the positions of the output gradients. */
+static void channel_totals(const vec *g, int64_t positions, int valid, double *to) {
+  double total[COLS] = {0};
+  for (int64_t p = 0; p < positions; p += BLOCK) {
+    const int64_t end = p + BLOCK < positions ? p + BLOCK : positions;
+    vec sums[2] = {{0}};
+    for (int64_t q = p; q < end; q++) sums[0] += g[2 * q], sums[1] += g[2 * q + 1];
+    for (int c = 0; c < COLS; c++) total[c] += sums[c / WIDTH][c % WIDTH];
+  }
+  memcpy(to, total, sizeof(double) * valid);
+}
+
 static void channel_block(depthwise_job *j, int64_t task, char *scratch) {
   static const int64_t none[3] = {0, 0, 0};
   const int64_t n = task / j->blocks, first = task % j->blocks * COLS;
@@ -91,18 +104,23 @@ static void channel_block(depthwise_job *j, int64_t task, char *scratch) {
   const int valid = j->channels - first < COLS ? (int)(j->channels - first) : COLS;
   REAL *g = (REAL *)scratch, *x = g + positions * COLS;
   running s;
-  vec acc[ROWS][2];
+  vec acc[ROWS][2], products[2] = {{0}};
   start(&s);
-  pack_plane(j->x + n * j->x_sample + first * j->x_channel, j->x_channel, j->x_step, j->size, j->pad, valid, x);
-  pack_plane(j->g + n * j->g_sample + first * j->g_channel, j->g_channel, j->g_step, j->out_size, none, valid, g);
+  pack_plane(j->x + n * j->x_sample + first * j->x_channel, j->x_channel, j->x_step, j->size, j->pad, valid, x, COLS);
+  pack_plane(j->g + n * j->g_sample + first * j->g_channel, j->g_channel, j->g_step, j->out_size, none, valid, g, COLS);
+  if (j->totals) channel_totals((const vec *)g, positions, valid, j->totals + n * j->channels + first);
   for (int64_t e = 0; e < j->entry_count; e += each) {
     const int count = j->entry_count - e < each ? (int)(j->entry_count - e) : (int)each;
     entry_tile(j, x, (const vec *)g, j->entries + e, count, acc);
+    if (j->weight)
+      scale_entries((const loose *)(j->packed + (j->blocks + task % j->blocks * j->entry_count + e) * COLS),
+                    (const loose *)(j->packed + first), count, acc, products);
     if (j->mode == ALL)
       reduce(&s, acc, count, valid, ALL, 0);
     else
       reduce(&s, acc, count, valid, SUMS, 0);
   }
+  for (int c = 0; j->weight && c < valid; c++) j->products[n * j->channels + first + c] = products[c / WIDTH][c % WIDTH];
   finish(&s, j->out + task * STATISTICS);
   const int is_exact = in_range(j->out[task * STATISTICS + SQUARE]) || is_zero(g, positions * COLS);
   if (!is_exact) atomic_fetch_add(&j->lost, 1);
@@ -125,5 +143,6 @@ void depthwise(depthwise_job *j, parallel run, int threads) {
   atomic_init(&j->next, 0);
   atomic_init(&j->worker, 0);
   atomic_init(&j->lost, 0);
+  if (j->weight) pack_scaling(j);
   run_threads(depthwise_work, j, run, threads);
 }

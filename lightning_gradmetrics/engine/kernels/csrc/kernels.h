@@ -293,4 +293,41 @@ inline_always void pack_line(const REAL *from, int64_t step, int64_t width, int 
     for (int64_t i = 0; i < width; i++) to[i * lanes + c] = from[c * step + i];
 }
 
+/* Copies `valid` channels with a border of zeros to a plane of `lanes` channels; the other channels are zeros. */
+inline_always void pack_plane(const REAL *from, int64_t channel, const int64_t step[3], const int64_t size[3],
+                              const int64_t pad[3], int valid, REAL *to, int lanes) {
+  const int64_t d = size[0] + 2 * pad[0], h = size[1] + 2 * pad[1], w = size[2] + 2 * pad[2], lines = size[0] * size[1];
+  const int is_joined = step[2] == 1 && (size[1] == 1 || step[1] == size[2]) &&
+                        (size[0] == 1 || step[0] == size[1] * size[2]);
+  const int joins = TRANSPOSED > 1 && is_joined && channel != 1 && size[2] % TRANSPOSED;
+  if (valid < lanes || (!joins && (pad[0] || pad[1] || pad[2]))) memset(to, 0, sizeof(REAL) * d * h * w * lanes);
+  if (joins) { /* all lines at once, because short lines are slow, and then each to its place, from the last one on */
+    const int64_t bytes = sizeof(REAL) * size[2] * lanes;
+    REAL *behind = to + d * h * w * lanes;
+    pack_line(from, channel, lines * size[2], valid, to, lanes);
+    for (int64_t k = lines - 1; k >= 0 && (pad[0] || pad[1] || pad[2]); k--) {
+      REAL *place = to + (((k / size[1] + pad[0]) * h + k % size[1] + pad[1]) * w + pad[2]) * lanes;
+      memmove(place, to + k * size[2] * lanes, bytes);
+      memset(place + size[2] * lanes, 0, sizeof(REAL) * (behind - place - size[2] * lanes));
+      behind = place;
+      if (k == 0) memset(to, 0, sizeof(REAL) * (place - to));
+    }
+    return;
+  }
+  for (int64_t z = 0; z < size[0]; z++)
+    for (int64_t y = 0; y < size[1]; y++) {
+      const REAL *line = from + z * step[0] + y * step[1];
+      REAL *packed = to + (((z + pad[0]) * h + y + pad[1]) * w + pad[2]) * lanes;
+      if (channel == 1 && valid == lanes)
+        for (int64_t i = 0; i < size[2]; i++) memcpy(packed + i * lanes, line + i * step[2], sizeof(REAL) * lanes);
+      else if (channel == 1)
+        for (int64_t i = 0; i < size[2]; i++) memcpy(packed + i * lanes, line + i * step[2], sizeof(REAL) * valid);
+      else if (step[2] == 1)
+        pack_line(line, channel, size[2], valid, packed, lanes);
+      else
+        for (int64_t i = 0; i < size[2]; i++)
+          for (int c = 0; c < valid; c++) packed[i * lanes + c] = line[c * channel + i * step[2]];
+    }
+}
+
 #endif

@@ -21,7 +21,8 @@ typedef struct {
   double *out;                     /* (samples, groups, pieces, STATISTICS) */
   char *scratch;                   /* workers x scratch_bytes */
   const int32_t *rows, *positions; /* rows: padded to a multiple of ROWS with valid offsets */
-  const REAL *scale, *weight;      /* (groups, padded columns) and (groups, rows, padded columns); null if not scaled */
+  const REAL *scale, *weight;      /* (groups, columns) and (groups, columns, channels, entries); null if not scaled */
+  REAL *packed;                    /* memory for the same as (groups, padded columns) and (groups, rows, padded columns) */
   double *products, *totals;       /* (samples, groups, columns): sums over rows of weight and G, over positions of g */
   REAL *bias;                      /* likewise the latter sums; null if not wanted */
   int64_t scratch_bytes, samples, groups, pieces, mode, threads;
@@ -137,13 +138,40 @@ typedef struct {
 
 static int64_t padded_columns(const product_job *j) { return (j->columns + COLS - 1) / COLS * COLS; }
 
+/* Copies the scale, and the weight behind it, to the order of the panels and rows. */
+static void pack_scaling(const product_job *j) {
+  const int64_t step = padded_columns(j), rows = j->row_count, entries = rows / j->channels;
+  REAL part[BLOCK * TRANSPOSED], *weight = j->packed + j->groups * step;
+  if (step > j->columns) memset(j->packed, 0, sizeof(REAL) * j->groups * (1 + rows) * step);
+  for (int64_t group = 0; group < j->groups; group++, weight += rows * step) {
+    memcpy(j->packed + group * step, j->scale + group * j->columns, sizeof(REAL) * j->columns);
+    for (int64_t c = 0; c < j->columns; c += TRANSPOSED) {
+      const int valid = j->columns - c < TRANSPOSED ? (int)(j->columns - c) : TRANSPOSED;
+      const REAL *from = j->weight + (group * j->columns + c) * rows;
+      for (int64_t first = 0; first < rows; first += BLOCK) {
+        const int64_t count = rows - first < BLOCK ? rows - first : BLOCK;
+        pack_line(from + first, rows, count, valid, part, TRANSPOSED);
+        for (int64_t i = 0; i < count; i++) { /* rows are entries of interleaved channels, or channels and their entries */
+          const int64_t r = first + i, row = j->layout == INTERLEAVED ? r % entries * j->channels + r / entries : r;
+          REAL *to = weight + row * step + c;
+          if (valid == TRANSPOSED)
+            memcpy(to, part + i * TRANSPOSED, sizeof(REAL) * TRANSPOSED);
+          else
+            for (int k = 0; k < valid; k++) to[k] = part[i * TRANSPOSED + k];
+        }
+      }
+    }
+  }
+}
+
 /* Adds the products of a tile and the weight to `sums`, and multiplies the tile by the scale. */
-inline_always void scale_tile(const REAL *weight, int64_t step, const vec *scale, int rows, vec acc[ROWS][2], vec sums[2]) {
+inline_always void scale_tile(const REAL *weight, int64_t step, const vec *scale, int rows, int vectors, vec acc[ROWS][2],
+                              vec sums[2]) {
   for (int i = 0; i < rows; i++)
-    for (int v = 0; v < 2; v++) sums[v] += acc[i][v] * *(const loose *)(weight + i * step + v * WIDTH);
+    for (int v = 0; v < vectors; v++) sums[v] += acc[i][v] * *(const loose *)(weight + i * step + v * WIDTH);
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; i++)
-    for (int v = 0; v < 2; v++) acc[i][v] *= scale[v];
+    for (int v = 0; v < vectors; v++) acc[i][v] *= scale[v];
 }
 
 /* Computes the sums of a panel's columns. */
@@ -200,7 +228,7 @@ inline_always void panel(const product_job *j, const REAL *x, const vec *g, int6
       for (int i = 0; narrow && i < ROWS; i++) acc[i][0] += acc[i][1], acc[i][1] = (vec){0};
       if (scaled->weight)
         scale_tile(scaled->weight + r * scaled->step, scaled->step, scaled->scale, end - r < ROWS ? (int)(end - r) : ROWS,
-                   acc, sums);
+                   narrow ? 1 : 2, acc, sums);
       if (valid == (narrow ? WIDTH : COLS) && end - r >= ROWS)
         reduce(s, acc, ROWS, narrow ? WIDTH : COLS, mode, narrow);
       else
@@ -236,8 +264,8 @@ static scaling scaling_of(const product_job *j, int64_t n, int64_t group, int64_
   scaling found = {0};
   if (!j->weight) return found;
   const int64_t step = padded_columns(j);
-  found.weight = j->weight + group * j->row_count * step + column;
-  found.scale = (const vec *)(j->scale + group * step + column);
+  found.weight = j->packed + (j->groups + group * j->row_count) * step + column;
+  found.scale = (const vec *)(j->packed + group * step + column);
   found.step = step;
   found.products = j->products + (n * j->groups + group) * j->columns + column;
   return found;
@@ -326,5 +354,6 @@ void products(product_job *j, parallel run, int threads) {
   atomic_init(&j->next, 0);
   atomic_init(&j->worker, 0);
   atomic_init(&j->lost, 0);
+  if (j->weight) pack_scaling(j);
   run_threads(work, j, run, threads);
 }
