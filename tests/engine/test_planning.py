@@ -62,6 +62,67 @@ def test_proven_models_run_once_for_every_size_and_once_more_for_two_new_lengths
         assert error_of(model, (batch,)) < 1e-8
 
 
+class _OneHot(nn.Module):
+    """Reads its inputs only to check that every class is below their number."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, classes):
+        return self.head(F.one_hot(classes, 4).double().flatten(1))
+
+
+class _OneHotOfTheBatch(_OneHot):
+    """The largest class of the batch determines the number of columns."""
+
+    def forward(self, classes):
+        columns = F.one_hot(classes)
+        return self.head(F.pad(columns, (0, 4 - columns.shape[2])).double().flatten(1)) * columns.shape[2]
+
+
+class _ZeroShot(nn.Module):
+    """Compares features with those of texts, which all samples share."""
+
+    def __init__(self):
+        super().__init__()
+        self.features, self.tokens = nn.Linear(6, 8), nn.Embedding(20, 8)
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.register_buffer("texts", torch.randint(0, 20, (3, 4)))
+
+    def forward(self, x):
+        classes = self.encoder(self.tokens(self.texts)).mean(1)
+        return F.normalize(self.features(x), dim=1) @ F.normalize(classes, dim=1).T
+
+
+PROVEN = {
+    "one_hot": (_OneHot, lambda size: torch.randint(0, 4, (size, 3))),
+    "attention over constants": (_ZeroShot, lambda size: torch.randn(size, 6).double()),
+    "spectral norm": (
+        lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(6, 3)),
+        lambda size: torch.randn(size, 6).double(),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROVEN)
+def test_known_batches_of_proven_models_run_once(name):
+    torch.manual_seed(0)
+    made, batch = PROVEN[name]
+    model = made().double().eval()
+    for size in (5, 8):
+        _passes(model, batch(size))
+        assert _passes(model, batch(size)) == [size]
+        assert error_of(model, (batch(size),)) < 1e-8
+
+
+def test_a_number_of_classes_that_the_batch_determines_is_refused():
+    torch.manual_seed(0)
+    model = _OneHotOfTheBatch().double().eval()
+    with pytest.raises(CoupledSamplesError):
+        gradient_statistics(model, torch.tensor([[0, 1, 2], [3, 0, 0], [1, 1, 0], [2, 0, 1]]), "pseudo_label")
+
+
 def test_samples_that_are_mixed_at_one_size_only_are_refused():
     """The shapes of a view follow the batch, so that only a check of each new size shows it."""
 

@@ -173,6 +173,7 @@ class Tracer(TracerState):
         if name not in self._leaves:
             self._leaves[name] = self._new_leaf(tensor)
             self._tracked[id(self._leaves[name])] = name
+            self.outline.add_leaf(self._leaves[name], tensor)
         return self._leaves[name]
 
     def _new_leaf(self, parameter: Tensor) -> Tensor:

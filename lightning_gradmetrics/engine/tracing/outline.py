@@ -71,7 +71,7 @@ class Outline:
         stores_through_hooks: Whether hooks decide what autograd stores, as in a checkpoint.
     """
 
-    def __init__(self, leaves: Mapping[int, tuple[str, int, int]] | None = None) -> None:
+    def __init__(self, leaves: dict[int, tuple[str, int, int]] | None = None) -> None:
         self.sizes: list[int] = []
         self.has_hooks = self.stores_through_hooks = False
         self.reads = 0
@@ -140,11 +140,18 @@ class Outline:
                 )
         for output in outputs:
             self._count += 1
-            self._made[id(output)] = ref(output), self._count, version_of(output)
+            if id(output) not in self.leaves:  # ``weight.flatten(1)`` of a matrix returns the parameter in some passes
+                self._made[id(output)] = ref(output), self._count, version_of(output)
             shape = output.shape
             calls.append(output.dtype)
             self._axes.append(len(shape))
             self.sizes += shape
+
+    def add_leaf(self, leaf: Tensor, parameter: Tensor) -> None:
+        """Note that a pass uses another tensor in place of a parameter."""
+        known = self.leaves.get(id(parameter))
+        if known is not None:
+            self.leaves[id(leaf)] = (*known[:2], version_of(leaf))
 
     def end(self, logits: Tensor) -> Outline:
         """Add which tensor the logits are: a dispatcher operator, which is not recorded, may have made or changed them."""
@@ -276,6 +283,11 @@ def _content(tensor: Tensor) -> str:
         return f"tensor {next(_NUMBERS)}"
 
 
+def _class_count(tensor: Tensor, num_classes: int = -1) -> int:
+    """Return the number of classes of a call of ``one_hot``, which is negative if the values determine it."""
+    return num_classes
+
+
 class Recording(TorchFunctionMode):
     """Records every torch call inside the block in an outline.
 
@@ -284,11 +296,12 @@ class Recording(TorchFunctionMode):
 
     Attributes:
         depth: How many recorded calls are running.
+        only_checks: Whether a call is running that reads values only to check its arguments.
     """
 
     def __init__(self, outline: Outline) -> None:
         super().__init__()
-        self.outline, self.depth = outline, 0
+        self.outline, self.depth, self.only_checks = outline, 0, False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one call and record it."""
@@ -297,10 +310,12 @@ class Recording(TorchFunctionMode):
         if type(func) is torch._ops.OpOverload:
             return func(*args, **kwargs)
         self.depth += 1
+        self.only_checks = func is torch._C._nn.one_hot and _class_count(*args, **kwargs) > 0
         try:
             result = func(*args, **kwargs)
         finally:
             self.depth -= 1
+            self.only_checks = False
         with torch._C.DisableTorchFunction():  # other modes would intercept even the reading of a shape
             self.note(func, args, kwargs, result)
         return result
