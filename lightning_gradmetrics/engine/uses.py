@@ -21,6 +21,7 @@ from lightning_gradmetrics.engine.kernels import (
     row_moments,
     touched_rows,
 )
+from lightning_gradmetrics.engine.kernels.geometry import DIMENSIONS
 from lightning_gradmetrics.engine.kernels.reduction import CHUNK_ENTRIES
 from lightning_gradmetrics.engine.kernels.segments import LARGEST, Factors
 from lightning_gradmetrics.gradients.precision import at_least_float32
@@ -214,15 +215,23 @@ class ConvUse:
 
     def gradient(self) -> Tensor:  # noqa: D102
         x, g = at_least_float32(self.x), at_least_float32(self.g)
-        if x.shape[1] == 1:
-            return conv_gradient(x[:, 0], g[:, 0], self.geometry).reshape(len(x), *self.shape)
+        joined = self._joined(x, g)
+        if joined is not None:
+            return conv_gradient(*joined).reshape(len(x), *self.shape)
         flat = conv_gradient(x.flatten(0, 1), g.flatten(0, 1), self.geometry)
         return flat.reshape(*x.shape[:2], *self.shape).sum(1)
 
     def moments(self, wanted: Iterable[Moment]) -> Moments:  # noqa: D102
-        if self.x.shape[1] == 1:
-            return conv_moments(self.x[:, 0], self.g[:, 0], self.geometry, wanted, self.totals)
-        return chunked_moments(self, wanted)
+        joined = self._joined(self.x, self.g)
+        return chunked_moments(self, wanted) if joined is None else conv_moments(*joined, wanted, self.totals)
+
+    def _joined(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor, ConvGeometry] | None:
+        """Return one convolution per sample: several inputs are a further spatial dimension; ``None`` if there are four."""
+        if x.shape[1] == 1:
+            return x[:, 0], g[:, 0], self.geometry
+        if len(self.geometry.kernel_size) == DIMENSIONS:
+            return None
+        return x.transpose(1, 2), g.transpose(1, 2), self.geometry.over_inputs()
 
 
 @dataclass(frozen=True)

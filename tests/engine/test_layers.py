@@ -18,8 +18,31 @@ def test_linear(shape, inputs, outputs, bias, n):
     check_layer(nn.Linear(inputs, outputs, bias), normal(n, *shape, inputs))
 
 
+class OverInputs(nn.Module):
+    """A layer that runs on several inputs of each sample, such as the frames of a video."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+def _check_over_inputs(data, layer, channels, sizes):
+    """Check a convolution on one or several inputs per sample."""
+    count, inputs = data.draw(SIZES), data.draw(st.integers(1, 3))
+    if inputs == 1:
+        check_layer(layer, normal(count, channels, *sizes))
+        return
+    x = normal(count, inputs, channels, *sizes)
+    if len(sizes) == 2 and data.draw(st.booleans()):
+        x = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, (count, inputs))
+    check_layer(OverInputs(layer), x)
+
+
 @pytest.mark.slow
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_convolution(data):
     dims, groups = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 2))
@@ -32,7 +55,7 @@ def test_convolution(data):
     kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
     layer = kind(channels, features, kernel, stride, padding, dilation, groups, data.draw(st.booleans()), mode)
     sizes = data.draw(st.lists(st.integers(5, 6), min_size=dims, max_size=dims))
-    check_layer(layer, normal(data.draw(SIZES), channels, *sizes))
+    _check_over_inputs(data, layer, channels, sizes)
 
 
 @pytest.mark.slow
@@ -46,7 +69,7 @@ def test_transposed_convolution(data):
     kind = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dims - 1]
     layer = kind(channels, features, kernel, stride, padding, extra, groups, data.draw(st.booleans()), dilation)
     sizes = data.draw(st.lists(st.integers(3, 4), min_size=dims, max_size=dims))
-    check_layer(layer, normal(data.draw(SIZES), channels, *sizes))
+    _check_over_inputs(data, layer, channels, sizes)
 
 
 @settings(max_examples=15, deadline=None)

@@ -11,7 +11,7 @@ from itertools import repeat
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["POINTWISE", "ConvGeometry", "ceil_div", "three"]
+__all__ = ["DIMENSIONS", "POINTWISE", "ConvGeometry", "ceil_div", "three"]
 
 Sizes = tuple[int, ...]
 DIMENSIONS = 3
@@ -93,6 +93,12 @@ class ConvGeometry:
         for amount in reversed(self.padding):  # F.pad starts at the last dimension
             sides += (amount, amount)
         return F.pad(x, sides)
+
+    def over_inputs(self) -> ConvGeometry:
+        """Return the convolution of several inputs that are stacked along a new first spatial dimension."""
+        return ConvGeometry(
+            (1, *self.kernel_size), (1, *self.stride), (0, *self.padding), (1, *self.dilation), self.groups
+        )
 
     def in_three_dimensions(self) -> ConvGeometry:
         """Return the same convolution with leading spatial dimensions of size one."""
