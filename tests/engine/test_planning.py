@@ -116,6 +116,27 @@ def test_known_batches_of_proven_models_run_once(name):
         assert error_of(model, (batch(size),)) < 1e-8
 
 
+class _ShiftBeforeNorm(nn.Module):
+    """The norm removes a shift that all channels share, so the gradients of the shifts are sums that cancel."""
+
+    def __init__(self):
+        super().__init__()
+        self.features, self.norm, self.head = nn.Linear(6, 64), nn.LayerNorm(64), nn.Linear(64, 3)
+        self.shifts = nn.Parameter(torch.randn(1, 40, 1))
+
+    def forward(self, x):
+        return self.head(self.norm(torch.tanh(self.features(x)) + self.shifts).mean(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_shifts_before_a_norm_keep_their_fast_rule(dtype):
+    torch.manual_seed(0)
+    model = _ShiftBeforeNorm().to(dtype).eval()
+    gradient_statistics(model, torch.randn(16, 40, 6).to(dtype), "pseudo_label")
+    (known,) = auto._STRATEGIES[model].values()
+    assert known[0].fast == tuple(dict(model.named_parameters()))
+
+
 def test_a_number_of_classes_that_the_batch_determines_is_refused():
     torch.manual_seed(0)
     model = _OneHotOfTheBatch().double().eval()

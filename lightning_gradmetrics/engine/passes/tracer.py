@@ -283,7 +283,9 @@ class Tracer(TracerState):
             axis = replace(axis, times=max(1, max(lengths) // self.size))
         args, kwargs = map_arguments(lambda t: self._aligned(t, axis, ndim), (args, kwargs))
         result = step.function(*args, **kwargs)
-        self._fitted(axis, result.shape)
+        axis = self._fitted(axis, result.shape)
+        if self.notes is not None and result.requires_grad:  # the copies get sums over axes of its gradient
+            result.register_hook(lambda g: self._scale(step.sources, g, g, axis))
         return result
 
     def _aligned(self, tensor: Tensor, axis: Axis, ndim: int) -> Tensor:
@@ -376,7 +378,8 @@ class Tracer(TracerState):
     def _scale(self, sources: Iterable[Source], x: Tensor, g: Tensor, axis: Axis | None = None) -> None:
         """Record the magnitude of a gradient's terms during verification."""
         if self.notes is not None:
-            self.notes.add_scale(self._names(sources), x, g, axis or Axis(0))
+            with self._silence:
+                self.notes.add_scale(self._names(sources), x, g, axis or Axis(0))
 
     def _arrive(self, source: Source, use: Use) -> None:
         if not self._backward:
