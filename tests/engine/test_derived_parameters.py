@@ -52,6 +52,20 @@ def test_entries_of_a_stack_are_not_pulled_back(others, monkeypatch):
     gradient_statistics(Summed(stack), (normal(3, 6, 4),), "pseudo_label")
 
 
+@pytest.mark.parametrize("convert", [torch.Tensor.to, torch.Tensor.type_as])
+def test_parameters_that_take_the_type_of_the_samples(convert):
+    class Converted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shifts, self.scales = nn.Embedding(7, 4), nn.Parameter(normal(5, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            shifts = convert(self.shifts(torch.arange(5)), x)
+            return torch.tanh(x + shifts) * convert(2 * self.scales, x)
+
+    check_layer(Converted(), normal(3, 5, 4))
+
+
 def test_entries_without_a_use_have_gradients_of_zero():
     use = RowsUse(torch.tensor([[1.0, 3.0], [-2.0, -1.0]]))
     moments = StackedUse({1: use}, 2).moments(["min", "max", "sum"])

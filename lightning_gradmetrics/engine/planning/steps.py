@@ -66,6 +66,10 @@ def _functions(trace: CallTrace) -> list[Any]:
     return [call.function for call in trace.calls]
 
 
+_READS_TYPE = frozenset([Tensor.to, Tensor.type_as])
+"""Functions that read only the type and the device of their second argument, which may have samples."""
+
+
 class _Builder:
     """Builds the steps by following parameters, and tensors derived from them, through the calls."""
 
@@ -141,7 +145,7 @@ class _Builder:
         has_graph = any(output.requires_grad for output in large.outputs)
         if not large.differentiable or (not any(inputs) and not has_graph):
             return Step(large.function, sources, "plain")
-        if not any(inputs) and not any(outputs):
+        if not any(outputs) and (not any(inputs) or large.function in _READS_TYPE):
             return self._derive(large, sources)
         if len(outputs) != 1 or outputs[0] is None:
             raise ValueError("it mixes parameters and samples in a way that no rule covers")
@@ -172,7 +176,7 @@ def _made_without_samples(two: CallTrace, three: CallTrace) -> Iterator[tuple[Te
             if before.shape == after.shape and after.serial not in varying:
                 constant.append((tensor, after))
         shapes_stay = [state.shape for state in small.outputs] == [state.shape for state in large.outputs]
-        if shapes_stay and len(constant) == len(large.inputs):
+        if shapes_stay and (len(constant) == len(large.inputs) or large.function in _READS_TYPE):
             continue
         varying.update(state.serial for state in large.outputs)
         for tensor, state in constant:
