@@ -187,7 +187,8 @@ class _PlannedBatch:
             check_draw(table, strategy.fast, laid_out, state)
             return
         if notes is not None:
-            alone = verify_by_samples(table, laid_out, state, notes, checks.readers, strategy.compared, suspects)
+            compared = None if self._plan.reads == () else strategy.compared
+            alone = verify_by_samples(table, laid_out, state, notes, checks.readers, compared, suspects)
             checks.compare_paths(calls, alone)
             strategy.verified, strategy.path, strategy.parts = True, calls.path, ()
             return

@@ -74,10 +74,10 @@ def verify_by_samples(
     state: ForwardState,
     notes: SampleNotes,
     readers: Sequence[int],
-    compared: Compared,
+    compared: Compared | None,
     suspects: Sequence[int] = (),
 ) -> Outline:
-    """Compare the moments of two samples with autograd on each alone, to verify a plan, and return the outline of a pass.
+    """Compare the moments of two samples with autograd on each alone, to verify a plan, and return the outline of the first pass.
 
     One sample may hide an error, such as a wrong entry of a unit that is off for it. The second one is a reader if there is one,
     because it may take another path through the model alone, and otherwise the last sample, because blocks of rows end there.
@@ -90,7 +90,7 @@ def verify_by_samples(
         state: The state of the model before the batch.
         notes: The notes of the run.
         readers: The samples for which Python would read other values alone.
-        compared: Extended by what was compared.
+        compared: Extended by what was compared; ``None`` if all samples take the same path, of which the first pass has the outline.
         suspects: Further samples to compare.
 
     Raises:
@@ -99,7 +99,7 @@ def verify_by_samples(
     """
     if notes.failures:
         raise PlanError(next(iter(notes.failures.values())))
-    size = table.task.size
+    size, names = table.task.size, table.task.parameters
     last = size - 1 if notes.sample < size - 1 else 0
     second = next((number for number in readers if number != notes.sample), last)
     outlines: dict[int, Outline] = {}
@@ -108,12 +108,16 @@ def verify_by_samples(
         numbers = list(dict.fromkeys([*numbers, *range(size)]))
     while numbers:
         for number in numbers:
-            check = check_reader if number in readers else check_sample
-            outlines[number] = check(table, table.task.parameters, laid_out, state, number, notes=notes)
+            if number in readers:
+                outlines[number] = check_reader(table, names, laid_out, state, number, notes=notes)
+                continue
+            is_outlined = compared is not None or number == notes.sample
+            outlines[number] = check_sample(table, names, laid_out, state, number, notes=notes, is_outlined=is_outlined)
         numbers = [] if len(outlines) >= MOST_VERIFIED else _not_zero_for(table, notes, outlines)
-    found = _with_gradients(table, table.task.parameters, outlines)
-    for number, outline in outlines.items():
-        note_compared(compared, outline.path, found[number])
+    if compared is not None:
+        found = _with_gradients(table, names, outlines)
+        for number, outline in outlines.items():
+            note_compared(compared, outline.path, found[number])
     return outlines[notes.sample]
 
 
@@ -161,6 +165,7 @@ def check_sample(
     number: int,
     strict: bool = False,
     notes: SampleNotes | None = None,
+    is_outlined: bool = True,
 ) -> Outline:
     """Compare one sample's moments with autograd on that sample alone, and return the outline of its forward pass.
 
@@ -171,11 +176,12 @@ def check_sample(
     agree, autograd on it and one other sample decides, in the layout and with the folds of the batch, because it usually has
     the same active ReLUs as the table. If it does not agree either, autograd on the batch's own forward pass decides.
     With ``strict``, the sample alone must agree: custom functions and hooks could change the gradients of other passes too.
+    With ``is_outlined=False``, the outline is empty, which saves a mode in the forward pass.
     """
     alone = table.task.rows(number, number + 1).restricted(names)
-    outline = Outline(alone.leaves())
+    outline = Outline(alone.leaves() if is_outlined else None)
     gates = max(GATES, 5 * rounding(next(iter(alone.parameters.values()))))
-    logits = _logits(table, alone, state, Recording(outline))
+    logits = _logits(table, alone, state, Recording(outline) if is_outlined else None)
     agrees, is_close = _agreement(table, number, alone, logits, 0, (None, None if strict else gates), notes)
     del logits
     if agrees or (is_close and _agrees_as_it_ran(table, number, laid_out.restricted(names), state, notes)):

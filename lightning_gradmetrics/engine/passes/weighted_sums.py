@@ -121,19 +121,22 @@ def _cancelled(slots: Collection[str], g: Tensor, mixes_features: bool) -> Colle
         mixes_features: Whether the sum of the weight's gradient has a sum over all features.
     """
     few = at_least_float32(g[:: max(1, len(g) // FEW)][:FEW])
-    size, biases = _magnitudes(few), {slot for slot in slots if "bias" in slot}
-    known = (size > 0) | (size == 0).all()  # a gradient of zero shows nothing about the others
-    limit = max(CANCELLED, 16 * torch.finfo(g.dtype).eps) * size
     features = few.sum(min(2, g.ndim - 1))  # the channels of images, or the features of positions
-    are_zero = _magnitudes(features) <= limit
+    size, total = _of_samples(few.abs()), _of_samples(features).abs()
+    limit = max(CANCELLED, 16 * torch.finfo(g.dtype).eps) * size
+    if not bool((total <= limit).any()):  # if the sums over the features are zero, so is their total
+        return ()
+    known = (size > 0) | (size == 0).all()  # a gradient of zero shows nothing about the others
+    are_zero = _of_samples(features.abs()) <= limit
     if g.ndim > 3:
-        are_zero |= _magnitudes(few.sum(-1)) <= limit
+        are_zero |= _of_samples(few.sum(-1).abs()) <= limit
+    biases = {slot for slot in slots if "bias" in slot}
     if bool((are_zero & known).any()):
         return slots if mixes_features else biases
-    are_zero = features.reshape(len(few), -1).sum(1).abs() <= limit / 16
+    are_zero = total <= limit / 16
     return biases if biases and bool((are_zero & known).any()) else ()
 
 
-def _magnitudes(tensor: Tensor) -> Tensor:
-    """Return the sum of the absolute values of each sample ``(N,)``."""
-    return tensor.reshape(len(tensor), -1).abs().sum(1)
+def _of_samples(tensor: Tensor) -> Tensor:
+    """Return the sum of each sample's entries ``(N,)``, without a copy of images in the channels-last layout."""
+    return tensor.unsqueeze(-1).sum(tuple(range(1, tensor.ndim + 1)))

@@ -106,7 +106,7 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         samples = list(samples)
         self.samples = list(map(self.serial, samples))
         for bit, tensors in ((SAMPLES, samples), (WEIGHTS, weights)):
-            self._add(tensors, bit)
+            self._mark(self.memory_of(tensors), bit)
         self.origins = Origins(self._bits)
 
     @classmethod
@@ -131,9 +131,9 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 keys.append(storage._cdata)
         return tuple(keys)
 
-    def _add(self, tensors: Iterable[Tensor], bits: int) -> None:
+    def _mark(self, memory: Iterable[int], bits: int) -> None:
         known = self._bits
-        for key in self.memory_of(tensors):
+        for key in memory:
             known[key] = known.get(key, 0) | bits
 
     def depends(self, value: Any) -> int:
@@ -162,8 +162,8 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
         arguments = schema.bind(args, kwargs)
         plain, tensors = _parted(arguments)
-        memory = self.memory_of(tensors)
-        self.origins.read(schema.name, map(self.serial, tensors), memory)
+        memory, serials = self.memory_of(tensors), tuple(map(self.serial, tensors))
+        self.origins.read(schema.name, serials, memory)
         bits = self._bits_of(memory)
         if schema.is_random and arguments.get("dropout_p") != 0:
             bits |= SAMPLES
@@ -173,16 +173,16 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             plain["keeps_entries"] = keeps_entries(arguments)
         marks = mask_marks(schema.name, arguments) if by_data else ()
         result = func(*args, **kwargs)
-        outputs, written = list(tensors_in(result)), []
+        outputs = list(tensors_in(result))
+        made = self.memory_of(outputs)
+        written: tuple[int, ...] = ()
         if schema.written:  # such an operation may replace the memory of a tensor
-            written = list(tensors_in([arguments.get(name) for name in schema.written]))
+            written = self.memory_of(tensors_in([arguments.get(name) for name in schema.written]))
             memory = self.memory_of(tensors)
         if bits:
-            self._add((*outputs, *written), bits)
-        made = self.memory_of(outputs)
+            self._mark((*made, *written), bits)
         self.origins.made.update(made)
-        written_memory = self.memory_of(written) if written else ()
-        self.origins.watch(list(zip(memory, tensors, strict=True)), zip(made, outputs, strict=True), written_memory)
+        self.origins.watch(memory, tensors, made, outputs, written)
         operation = Operation(
             schema.name,
             bits,
@@ -192,12 +192,12 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             chosen,
             by_data,
             read,
-            tuple(map(self.serial, tensors)),
+            serials,
             tuple(map(self.serial, outputs)),
             schema.pointwise,
             self._recording is not None and self._recording.depth == 0,
             memory,
-            written_memory,
+            written,
             marks,
             made,
         )
@@ -206,7 +206,7 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def note_samples(self, tensors: Iterable[Tensor]) -> None:
         """Record that tensors depend on samples."""
-        self._add(tensors, SAMPLES)
+        self._mark(self.memory_of(tensors), SAMPLES)
 
     def serial(self, tensor: Tensor) -> int:
         """Return the serial number of a tensor."""

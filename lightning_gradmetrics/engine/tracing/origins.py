@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 from torch import Tensor
 
@@ -49,20 +49,31 @@ class Origins:
                 self.strangers[serial] = key
 
     def watch(
-        self, used: Iterable[tuple[int, Tensor]], results: Iterable[tuple[int, Tensor]], written: Iterable[int]
+        self,
+        memory: Sequence[int],
+        used: Sequence[Tensor],
+        made: Sequence[int],
+        results: Sequence[Tensor],
+        written: Collection[int],
     ) -> None:
         """Compare the versions of the arguments of an operation with those at their last use.
 
         Args:
-            used: The memory and the tensor of each argument.
-            results: The memory and the tensor of each result. A view gets the version of its argument after the operation.
+            memory: The memory of each argument.
+            used: The arguments.
+            made: The memory of each result.
+            results: The results. A view gets the version of its argument after the operation.
             written: The memory that the operation changes in place, after which versions are unknown.
         """
         for key in written:
             self._versions.pop(key, None)
-        known = dict(used)
-        for key, tensor in (*used, *((key, tensor) for key, tensor in results if key not in known)):
-            if key in written or tensor.is_inference():
+        self._compare(memory, used, written)
+        self._compare(made, results, {*written, *memory})
+
+    def _compare(self, memory: Sequence[int], tensors: Sequence[Tensor], left_out: Collection[int]) -> None:
+        """Compare the versions of tensors with those at their last use, and note them at the first."""
+        for key, tensor in zip(memory, tensors, strict=True):
+            if key in left_out or tensor.is_inference():
                 continue
             versions = self._versions.setdefault(key, {})
             self.changed |= versions.setdefault(id(tensor), tensor._version) != tensor._version
