@@ -19,6 +19,7 @@ from lightning_gradmetrics.classifier.tensor_records import first_pass_watched
 
 __all__ = [
     "Inputs",
+    "as_rows",
     "batch_size",
     "call",
     "check_inputs",
@@ -105,15 +106,28 @@ def logits_of(output: Any) -> Tensor:
 
     Raises:
         TypeError: If the output contains no logits.
-        ValueError: If they are not ``(N, C)``.
+        ValueError: If they are not ``(N, C)``, nor ``(C,)`` of one sample.
     """
-    logits = logits_in(output)
+    logits = as_rows(logits_in(output))
     if logits.ndim != 2:
         raise ValueError(
             f"the logits have shape {tuple(logits.shape)}; expected (N, C), one row per sample and one column per class; "
             "pass logits_fn=, a callable from the model's output to them"
         )
     return logits
+
+
+def as_rows(logits: Tensor) -> Tensor:
+    """Return logits ``(C,)`` of one sample as ``(1, C)``, and other logits unchanged.
+
+    ``squeeze()`` without an axis removes the sample axis of a batch of one sample. The caller compares the number of rows with
+    the number of samples: logits ``(N,)`` of several samples become one row too.
+
+    Example:
+        >>> as_rows(torch.zeros(3)).shape, as_rows(torch.zeros(5, 3)).shape
+        (torch.Size([1, 3]), torch.Size([5, 3]))
+    """
+    return torch.atleast_2d(logits) if logits.ndim == 1 else logits  # type: ignore[no-untyped-call]
 
 
 def with_two_classes(logits: Tensor) -> Tensor:

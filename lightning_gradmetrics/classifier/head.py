@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_gradmetrics.classifier.forward import as_rows
+
 __all__ = [
     "Head",
     "HeadNotFoundError",
@@ -53,8 +55,8 @@ class LayerCall:
 
     Args:
         name: The layer's name in the model.
-        features: A copy of its input if that is ``(N, D)``, otherwise ``None``.
-        output: A copy of its output if that is ``(N, C)``, otherwise ``None``.
+        features: A copy of its input if that is ``(N, D)``, or ``(1, D)`` if input and output are vectors; otherwise ``None``.
+        output: A copy of its output if that is ``(N, C)``, or ``(1, C)`` of a vector; otherwise ``None``.
         input_shape: The shape of its input, or ``None`` if that is not a tensor.
         output_shape: The shape of its output, or ``None`` if that is not a tensor.
     """
@@ -343,10 +345,10 @@ def returning_logits(model: nn.Module, head: str | None, logits: Callable[[Any],
     outputs: list[Tensor] = []
 
     def keep(module: nn.Module, arguments: Any, output: Tensor) -> None:
-        outputs.append(output.clone())
+        outputs.append(as_rows(output).clone())
 
     def replace(module: nn.Module, arguments: Any, output: Any) -> Tensor:
-        made = torch.cat(outputs) if outputs else logits(output)
+        made = torch.cat(outputs) if outputs else as_rows(logits(output))
         outputs.clear()
         return made
 

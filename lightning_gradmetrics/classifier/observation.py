@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_gradmetrics.classifier.forward import Inputs, map_tensors
+from lightning_gradmetrics.classifier.forward import Inputs, as_rows, map_tensors
 from lightning_gradmetrics.classifier.head import LayerCall
 
 __all__ = [
@@ -33,7 +33,7 @@ class ModelCall:
     Args:
         inputs: Its arguments, tensors copied before the model could change them.
         received: The tensors among its arguments, not copied.
-        logits: A copy of its logits ``(N, C)``, or ``None`` if its output has none.
+        logits: A copy of its logits ``(N, C)``, or ``(C,)`` of one sample; ``None`` if its output has none.
         problem: The error that explains why there are no logits.
     """
 
@@ -196,9 +196,10 @@ def _layer_call(name: str, given: Any, output: Any) -> LayerCall:
     for value in (given, output):
         has_shape = isinstance(value, Tensor) and not value.is_nested  # torch's encoder layers may pass nested tensors
         shapes.append(tuple(value.shape) if has_shape else None)
-    if any(shape is None or len(shape) != 2 for shape in shapes):
+    lengths = [len(shape) for shape in shapes if shape is not None]
+    if lengths not in ([2, 2], [1, 1]):
         return LayerCall(name, None, None, *shapes)
-    return LayerCall(name, given.detach().clone(), output.detach().clone(), *shapes)
+    return LayerCall(name, as_rows(given.detach().clone()), as_rows(output.detach().clone()), *shapes)
 
 
 @dataclass(frozen=True)

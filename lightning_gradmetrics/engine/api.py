@@ -19,7 +19,7 @@ from lightning_gradmetrics.classifier.forward import (
     check_inputs,
     check_model,
     gradients_enabled,
-    logits_of,
+    logits_in,
     map_tensors,
     preserved,
 )
@@ -29,6 +29,7 @@ from lightning_gradmetrics.classifier.quantised import check_differentiable, che
 from lightning_gradmetrics.classifier.sample_axis import SampleAxis, samples_first, tensors_with_samples
 from lightning_gradmetrics.engine.arguments import check_arguments, checked_targets, detached
 from lightning_gradmetrics.engine.auto import auto_moments
+from lightning_gradmetrics.engine.checks.added_axis import check_added_axis
 from lightning_gradmetrics.engine.checks.no_gradient import check_gradients
 from lightning_gradmetrics.engine.checks.other_generators import (
     SamplesAlone,
@@ -159,7 +160,7 @@ def gradient_statistics(  # type: ignore[misc]
     *,
     statistics: Iterable[str] = STATISTICS,
     targets: Tensor | None = None,
-    logits: Callable[[Any], Tensor] = logits_of,
+    logits: Callable[[Any], Tensor] = logits_in,
     engine: str = "auto",
     memory: int | None = None,
     compile: bool = False,
@@ -176,7 +177,7 @@ def gradient_statistics(  # type: ignore[misc]
         per_parameter: Whether to return one value per parameter, ``(N, P)``, instead of ``(N,)``.
         statistics: Names of the statistics to compute; fewer statistics are faster.
         targets: True labels ``(N,)``, for the objective ``"label"``.
-        logits: Returns the logits ``(N, C)`` from the model's output.
+        logits: Returns the logits ``(N, C)`` from the model's output; those of one sample may be ``(C,)``.
         engine: ``"auto"`` (fast); ``"compiled"``, which is ``"auto"`` with ``compile=True``; ``"vmap"``
             (``torch.func``); or ``"reference"`` (one sample at a time, slow).
         memory: Memory limit in bytes, in addition to the model and the inputs; the batch is split to stay below it.
@@ -249,6 +250,8 @@ def _checked_moments(engine: str, task: Task) -> list[Moments]:
         return ENGINES[engine](task)
     state = ForwardState(task.model)
     alone = SamplesAlone(task, check_repeated_passes(task, state), state)
+    if task.size == 1:
+        check_added_axis(task, state)
     with watching_generators(task, state):
         moments = reference_moments(task, alone.note) if engine == "reference" else ENGINES[engine](task)
         is_random = state.random_numbers_drawn()

@@ -272,8 +272,11 @@ def _fill(table: MomentTable, strategy: Strategy, checks: BatchChecks, state: Fo
     """
     task = table.task
     slow = dict(strategy.slow)
+    is_ordinary = strategy.plan is None and task.size == 1  # no other way is faster than the ordinary gradient
     if strategy.plan is not None and strategy.fast:
         fill_by_plan(table, strategy, checks, state)
+    elif is_ordinary:
+        slow = dict.fromkeys(task.parameters, "")
     elif strategy.plan is None:
         slow.update(_fill_by_owners(table, strategy, checks))
     if not slow:
@@ -286,12 +289,13 @@ def _fill(table: MomentTable, strategy: Strategy, checks: BatchChecks, state: Fo
         logits = table.add_draw(slow)
         if not close_rows(logits, checks.logits[-1]):
             raise not_reproducible(task.model)
-        warn_slow(task, Strategy(None, slow=slow))
+        if not is_ordinary:
+            warn_slow(task, Strategy(None, slow=slow))
         return
-
     mapped = strategy.mapped and slow.keys() == strategy.slow.keys()
     table.add_slowly(slow, mapped, lambda number, found: compare_alone(task, checks.logits[-1], number, found, state))
-    warn_slow(task, Strategy(None, slow=slow, mapped=mapped))
+    if not is_ordinary:
+        warn_slow(task, Strategy(None, slow=slow, mapped=mapped))
 
 
 def _fill_by_owners(table: MomentTable, strategy: Strategy, checks: BatchChecks) -> dict[str, str]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.func import functional_call, grad, vjp, vmap
 from torch.overrides import TorchFunctionMode
 
-from lightning_gradmetrics.classifier.forward import map_tensors
+from lightning_gradmetrics.classifier.forward import as_rows, map_tensors
 from lightning_gradmetrics.engine.places import tensors_by_place
 from lightning_gradmetrics.engine.refusals import raise_if_out_of_memory
 from lightning_gradmetrics.engine.task import Task, empty_moments, joined
@@ -109,7 +109,7 @@ def _unit_gradients(task: Task, index: int) -> tuple[dict[str, Tensor], Tensor]:
             used = {id(task.parameters[name]): tensor for name, tensor in chosen.items()}
             tensors = tensors_by_place(task.model, {**detached, **used})
             output = functional_call(task.model, tensors, () if kwargs else arguments, kwargs, tie_weights=False)
-            return task.logits(output)
+            return as_rows(task.logits(output))
 
         logits, pull = vjp(forward, parameters)  # type: ignore[misc]
         loss = task.losses[index](None if target is None else target[None])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_gradmetrics.classifier.forward import Inputs, call, map_tensors, tensors_in
+from lightning_gradmetrics.classifier.forward import Inputs, as_rows, call, map_tensors, tensors_in
 from lightning_gradmetrics.classifier.norm_gradients import exact_norm_gradients, has_instance_norms
 from lightning_gradmetrics.classifier.preservation import ModelRecord
 from lightning_gradmetrics.classifier.tensor_records import version_of
@@ -152,7 +152,7 @@ class Task:
             return self.logits_of(self.inputs, self.size)
 
     def logits_of(self, inputs: Any, size: int) -> Tensor:
-        """Return the model's logits ``(size, C)`` of other inputs.
+        """Return the model's logits ``(size, C)`` of other inputs; those of one sample may be ``(C,)``.
 
         Raises:
             SampleAxisError: If the logits do not have one row per sample.
@@ -165,6 +165,8 @@ class Task:
             shape = tuple(logits.shape)
             if logits.is_inference() or not logits.is_floating_point():
                 raise no_gradient(self.model) if logits.is_inference() else no_real_logits(logits.dtype)
+        if size == 1 and len(shape) == 1:
+            return as_rows(logits)
         if len(shape) != 2 or shape[0] != size:
             is_listed = len(shape) == 2 and _has_list(inputs, shape[0])
             raise list_of_samples(shape[0]) if is_listed else rows_not_samples(shape, size)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_gradmetrics.classifier.forward import call, logits_of, preserved
+from lightning_gradmetrics.classifier.forward import as_rows, call, logits_in, preserved
 from lightning_gradmetrics.export.bound import BoundScore
 from lightning_gradmetrics.scoring.registry import ScoreLike
 
@@ -80,9 +80,9 @@ class _Postprocessor:
 
     def postprocess(self, net: nn.Module, data: Any) -> tuple[Tensor, Tensor]:
         """Return predictions and confidences of a batch, ``(N,)`` each."""
-        logits_fn = self.bound.options.get("logits_fn", logits_of)
+        logits_fn = self.bound.options.get("logits_fn", logits_in)
         with preserved(net), torch.no_grad():
-            prediction = logits_fn(call(net, data)).argmax(1)
+            prediction = as_rows(logits_fn(call(net, data))).argmax(1)
         return prediction, -self.bound.values(net, data)
 
     def inference(self, net: nn.Module, data_loader: Iterable[Any], progress: bool = True) -> tuple[Any, Any, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_gradmetrics.classifier.forward import Inputs, check_model, logits_of, map_tensors
+from lightning_gradmetrics.classifier.forward import Inputs, check_model, logits_in, map_tensors
 from lightning_gradmetrics.scoring.registry import ScoreLike, resolve
 from lightning_gradmetrics.scoring.scorer import Scorer
 from lightning_gradmetrics.scoring.states import check_fitted
@@ -44,7 +44,7 @@ class ArrayScorer:
         *,
         device: str | None = None,
         head: str | None = None,
-        logits_fn: Callable[[Any], Tensor] = logits_of,
+        logits_fn: Callable[[Any], Tensor] = logits_in,
         engine: str = "auto",
     ) -> None:
         if isinstance(make_model, nn.Module) or not callable(make_model):

@@ -30,11 +30,13 @@ class _Axes:
     Args:
         of_input: The axis of the input; ``None`` for a layer that is not called with samples.
         of_output: The axis of the output.
+        axes: The numbers of axes of the input and of the output; 0 if they are unknown.
         samples: How many different samples the axes were found with, at most 3.
     """
 
     of_input: int | None = 0
     of_output: int | None = 0
+    axes: tuple[int, int] = (0, 0)
     samples: int = 0
 
 
@@ -61,16 +63,21 @@ def rows_of_input(layer: nn.Module, values: Tensor, size: int) -> Tensor | None:
     Raises:
         MixedRowsError: If it is a nested tensor.
     """
-    return _with_samples_first(layer, values, _AXES.get(layer, _Axes()).of_input, size)
+    known = _AXES.get(layer, _Axes())
+    return _with_samples_first(layer, values, known.of_input, known.axes[0], size)
 
 
 def rows_of_output(layer: nn.Module, values: Tensor, size: int) -> Tensor | None:
     """Return a layer's output, or a gradient of it, with the samples first, as :func:`rows_of_input` does."""
-    return _with_samples_first(layer, values, _AXES.get(layer, _Axes()).of_output, size)
+    known = _AXES.get(layer, _Axes())
+    return _with_samples_first(layer, values, known.of_output, known.axes[1], size)
 
 
-def _with_samples_first(layer: nn.Module, values: Tensor, axis: int | None, size: int) -> Tensor | None:
+def _with_samples_first(layer: nn.Module, values: Tensor, axis: int | None, axes: int, size: int) -> Tensor | None:
+    """Return a tensor with the samples first; one sample alone may lack that axis, which ``squeeze()`` removes."""
     _refuse_nested(layer, values)
+    if size == 1 and axis is not None and values.ndim == axes - 1:
+        values = values.unsqueeze(axis)
     if axis is None or values.ndim <= axis or not values.shape[axis] or values.shape[axis] % size:
         return None
     return values.movedim(axis, 0)
@@ -119,7 +126,10 @@ def find_sample_axes(layers: Sequence[nn.Module], forward: Callable[[Sequence[in
         found = _Axes()
         if all(layer in tensors for tensors in passes):
             (input_of_two, output_of_two), (input_of_three, output_of_three) = (tensors[layer] for tensors in passes)
-            found = _Axes(_axis(layer, input_of_two, input_of_three), _axis(layer, output_of_two, output_of_three))
+            axes = _number_of_axes(input_of_two), _number_of_axes(output_of_two)
+            found = _Axes(
+                _axis(layer, input_of_two, input_of_three), _axis(layer, output_of_two, output_of_three), axes
+            )
         _AXES[layer] = replace(found, samples=min(size, 3))
 
 
@@ -144,6 +154,10 @@ def _axis(layer: nn.Module, two: Tensor | None, three: Tensor | None) -> int | N
         "mixtures of experts and where windows come before samples, so its activations have no value per sample. Choose scores of "
         "the logits, of the head or of gradients"
     )
+
+
+def _number_of_axes(value: Tensor | None) -> int:
+    return 0 if value is None else value.ndim
 
 
 def _refuse_nested(layer: nn.Module, values: Tensor) -> None:

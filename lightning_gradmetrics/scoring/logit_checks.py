@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.classifier.forward import with_two_classes
+from lightning_gradmetrics.classifier.forward import as_rows, with_two_classes
 from lightning_gradmetrics.gradients.objectives import IGNORED
 from lightning_gradmetrics.scoring.batch import ObservedBatch
 from lightning_gradmetrics.scoring.recipes import Score
@@ -35,7 +35,7 @@ def two_columns(logits_fn: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
     """Return a callable from the model's output to the logits ``(0, z)`` of a model with one logit z."""
 
     def both(output: Any) -> Tensor:
-        return with_two_classes(logits_fn(output))
+        return with_two_classes(as_rows(logits_fn(output)))
 
     return both
 
@@ -136,8 +136,9 @@ def check_logits(logits: Tensor) -> None:
     """
     if logits.ndim < 2:
         raise ValueError(
-            f"the logits have shape {tuple(logits.shape)}; expected (N, C), one row per sample and one column per class; "
-            "pass logits_fn=, a callable from the model's output to them"
+            f"the logits have shape {tuple(logits.shape)}; expected (N, C), one row per sample and one column per class. "
+            "If the model calls squeeze(), name its axes, or use flatten(1). Otherwise pass logits_fn=, a callable from the model's "
+            "output to them"
         )
     if not logits.is_floating_point():
         raise ValueError(

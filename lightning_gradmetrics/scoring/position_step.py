@@ -73,7 +73,7 @@ class PositionReader:
         assert self.composition is not None
         own = logits
         if not calls:
-            calls, own = self._forward(self._known(inputs), called, self._candidates(0))
+            calls, own = self._forward(self._known(inputs), called, self._candidates(0), logits.ndim)
             check_same_logits(own, logits, f"{type(self.model).__name__} {OTHER_LOGITS}")
         if self._scores_output:
             own = logits = calls[-1].output  # type: ignore[assignment]
@@ -113,7 +113,8 @@ class PositionReader:
         def first(tensor: Tensor) -> Tensor:
             return tensor[:1] if tensor.ndim and len(tensor) == size else tensor
 
-        calls, own = self._forward(map_tensors(inputs, first), called, self._candidates(logits.shape[1]))
+        candidates = self._candidates(logits.shape[1])
+        calls, own = self._forward(map_tensors(inputs, first), called, candidates, logits.ndim)
         self._scores_output = False
         compositions = compose([_first_sample(layer_call) for layer_call in calls], own[:1])
         if not compositions and self.head is not None and calls:
@@ -152,9 +153,9 @@ class PositionReader:
         return chosen
 
     def _forward(
-        self, inputs: Inputs, called: nn.Module, layers: Mapping[str, nn.Module]
+        self, inputs: Inputs, called: nn.Module, layers: Mapping[str, nn.Module], axes: int
     ) -> tuple[list[LayerCall], Tensor]:
-        """Run a forward pass on the inputs, and return the calls of the layers and the logits."""
+        """Run a forward pass on the inputs, and return the calls of the layers and the logits; one sample may lack its axis."""
         copies = map_tensors(inputs, lambda tensor: tensor.detach().clone())
         with (
             preserved(self.model),
@@ -165,6 +166,7 @@ class PositionReader:
         ):
             output = self.logits_fn(call(self.model, copies))
         assert self.axis is not None
+        output = output.unsqueeze(0) if output.ndim == axes - 1 else output
         return calls, classes_second(output.detach(), self.axis)
 
     def _certain(self, found: Sequence[Composition], calls: Sequence[LayerCall], logits: Tensor) -> Composition:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradmetrics.classifier.forward import (
+    as_rows,
     gradients_enabled,
     logits_in,
     logits_of,
@@ -277,7 +278,7 @@ class _Witness:
     seen: Tensor | None = None
 
     def __call__(self, output: Any) -> Tensor:
-        logits = self.logits_fn(output)
+        logits = as_rows(self.logits_fn(output))
         is_plain = not torch._C._functorch.is_functorch_wrapped_tensor(logits)
         if is_plain and logits.shape == self.expected.shape:
             self.seen = logits  # not copied: the engine counts the calls of the model's forward pass

@@ -6,11 +6,19 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_gradmetrics.classifier.forward import Inputs, call, has_compiled_parts, map_tensors, preserved
+from lightning_gradmetrics.classifier.forward import (
+    Inputs,
+    as_rows,
+    call,
+    has_compiled_parts,
+    map_tensors,
+    preserved,
+)
 from lightning_gradmetrics.classifier.head import (
     Head,
     HeadNotFoundError,
@@ -29,6 +37,7 @@ from lightning_gradmetrics.scoring.fitted import fitted_scores
 from lightning_gradmetrics.scoring.logit_checks import check_logits, with_two_columns
 from lightning_gradmetrics.scoring.position_step import PositionReader
 from lightning_gradmetrics.scoring.scorer import Scorer
+from lightning_gradmetrics.scoring.single_row import SingleRowReader, is_one_sample
 from lightning_gradmetrics.scoring.text_step import TextReader, not_in_batches_of_texts, token_ids
 
 __all__ = ["StepObserver", "observed"]
@@ -74,9 +83,15 @@ class StepObserver:
             self._layers[scorer.head] = named_layer(model, scorer.head)
         self._positions = PositionReader(model, scorer.head, scorer.logits_fn)
         self._head_calls: Sequence[LayerCall] = ()
+        self._rows = SingleRowReader(model, scorer.logits_fn)
         self._probes = [] if has_compiled_parts(model) else scorer.needs(3).observable
         self._readers: dict[ObservableProbe, Callable[[int], Tensor | None]] = {}
-        self._texts = TextReader(model, lambda output: self._positions.logits(scorer.logits_fn(output), (), None))
+        self._texts = TextReader(model, self._logits_of_texts)
+
+    def _logits_of_texts(self, output: Any) -> Tensor:
+        """Return the logits ``(N, V, T)`` in the model's output for texts; one text may lack its axis."""
+        logits = self.scorer.logits_fn(output)
+        return self._positions.logits(logits.unsqueeze(0) if logits.ndim == 2 else logits, (), None)
 
     @contextmanager
     def observing(self) -> Iterator[Observation]:
@@ -160,6 +175,8 @@ class StepObserver:
         assert seen.called is not None
         module, calls = seen.called
         inputs, logits = self._joined(calls, size)
+        if logits is not None:
+            logits = self._rows.with_row(logits, module, inputs, size)
         if logits is not None and logits.ndim < 2:
             check_logits(logits)
         if logits is not None and logits.ndim > 2:
@@ -171,8 +188,8 @@ class StepObserver:
             return self._from_own_forward(inputs, logits)
         if self.scorer.head is None:
             logits = _existing(logits, calls)
-            self._name = self._name or find_head(self.model, seen.layers, _existing(calls[0].logits, calls))
-        features, output = self._through_head(seen, size)
+            self._name = self._name or find_head(self.model, seen.layers, as_rows(_existing(calls[0].logits, calls)))
+        features, output = self._through_head(seen, inputs, size)
         if self.scorer.head is None:
             self._check_head(output, logits)
         observed = self._observed(calls, len(output))
@@ -232,7 +249,7 @@ class StepObserver:
         if self._name is None:
             self._name = self._name_of_parts(seen, given)
         self._needs_head = True
-        features, output = self._through_head(seen, size)
+        features, output = self._through_head(seen, given, size)
         return ObservedBatch(given, output, features, self._head)
 
     def _name_of_parts(self, seen: Observation, given: Inputs | None) -> str:
@@ -301,7 +318,7 @@ class StepObserver:
                 results[probe] = value
         return results
 
-    def _through_head(self, seen: Observation, size: int | None) -> tuple[Tensor, Tensor]:
+    def _through_head(self, seen: Observation, given: Inputs | None, size: int | None) -> tuple[Tensor, Tensor]:
         """Return the head's input ``(N, D)`` and output ``(N, C)``."""
         assert self._name is not None
         calls = seen.of_layer(self._name)
@@ -313,6 +330,9 @@ class StepObserver:
         weight = named_layer(self.model, self._name)._parameters.get("weight")
         if self._head is None or weight is not self._head_weight:
             self._head, self._head_weight = head_of(self.model, calls[-1]), weight
+        is_row = any(one.input_shape is not None and len(one.input_shape) == 1 for one in calls)
+        if is_row and not is_one_sample(given, size):
+            raise HeadNotFoundError(f"the head {self._name!r} has an input of shape {calls[0].input_shape}")
         return _joined_layer(calls, size)
 
 

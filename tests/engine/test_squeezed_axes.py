@@ -2,16 +2,89 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_gradmetrics.engine import auto, gradient_statistics
 from lightning_gradmetrics.engine.planning.verification import make_strategy
-from lightning_gradmetrics.engine.refusals import CoupledSamplesError
+from lightning_gradmetrics.engine.refusals import CoupledSamplesError, SampleAxisError
 from tests.engine.kinds import WIDTH, Net, error_of, numbers
+
+ENGINES: dict[str, dict[str, Any]] = {
+    "auto": {},
+    "compiled": {"compile": True},
+    "vmap": {"engine": "vmap"},
+    "reference": {"engine": "reference"},
+}
+
+
+class Pooled(nn.Module):
+    """A convolution, a pooling and two layers; ``drop`` removes the two axes of the pooling."""
+
+    def __init__(self, drop: Callable[[Tensor], Tensor], classes: int = 3) -> None:
+        super().__init__()
+        self.conv, self.pool, self.drop = nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), drop
+        self.rest = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rest(self.drop(self.pool(self.conv(x).relu())))
+
+
+@pytest.mark.parametrize("classes", [3, 1])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_statistics_of_batches_of_one_sample_are_those_of_a_model_that_keeps_its_axis(
+    engine: str, classes: int
+) -> None:
+    torch.manual_seed(0)
+    model = Pooled(torch.squeeze, classes).double().eval()
+    kept = Pooled(lambda x: x.flatten(1), classes).double().eval()
+    kept.load_state_dict(model.state_dict())
+    objective = "confounding_logits" if classes == 1 else "pseudo_label"
+    for size in (1, 5, 1, 5, 5, 1):
+        x = numbers(size, 3, 6, 6)
+        found = gradient_statistics(model, x, objective, per_parameter=True, **ENGINES[engine])
+        expected = gradient_statistics(kept, x, objective, per_parameter=True, engine="reference")
+        for order in (1, 2):
+            torch.testing.assert_close(found.norm(order), expected.norm(order), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(found.max, expected.max, rtol=1e-9, atol=1e-12)
+
+
+def test_batches_of_one_sample_keep_the_proof_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = []
+    monkeypatch.setattr(auto, "make_strategy", lambda *args: planned.append(make_strategy(*args)) or planned[-1])
+    torch.manual_seed(0)
+    model = Pooled(torch.squeeze).double().eval()
+    for size in (5, 1, 8):
+        assert error_of(model, numbers(size, 3, 6, 6), lambda z: -z.reshape(-1, 3).log_softmax(1).amax(1)) < 1e-8
+    assert planned[0].sizes is not None and not planned[0].slow
+
+
+def _several_rows(net: Any, x: Tensor) -> Tensor:
+    """Three rows of one logit per sample, which look like three classes of one sample."""
+    return net.head(torch.tanh(net.a(x))).flatten()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_one_sample_with_several_rows_is_refused(engine: str) -> None:
+    torch.manual_seed(0)
+    with pytest.raises(SampleAxisError):
+        gradient_statistics(Net(_several_rows).double(), numbers(1, WIDTH), "pseudo_label", **ENGINES[engine])
+
+
+def _centred(net: Any, x: Tensor) -> Tensor:
+    """The average is over the features of one sample alone, and over the samples of a batch."""
+    h = torch.tanh(net.a(x)).squeeze()
+    return net.head(h - h.mean(0))
+
+
+def test_one_sample_with_other_logits_than_two_copies_of_it_is_refused() -> None:
+    torch.manual_seed(0)
+    with pytest.raises(CoupledSamplesError):
+        gradient_statistics(Net(_centred).double(), numbers(1, WIDTH), "pseudo_label")
 
 
 def _weighted_by_start(net: Any, x: Tensor) -> Tensor:

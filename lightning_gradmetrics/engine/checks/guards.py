@@ -17,6 +17,7 @@ from lightning_gradmetrics.engine.refusals import (
     not_reproducible,
     not_without_others,
     other_precisions,
+    rows_not_samples,
 )
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.engine.tracing.model_state import ForwardState, quiet_no_grad
@@ -195,6 +196,8 @@ def compare_alone(task: Task, logits: Tensor, number: int, alone: Tensor, state:
         CoupledSamplesError: If they differ.
     """
     expected = logits[number : number + 1].detach()
+    if alone.shape != expected.shape:
+        raise rows_not_samples(tuple(alone.shape), 1)
     if close_rows(alone.detach(), expected):
         return
     if _differs_by_rounding(task, logits, number, alone.detach(), state):

@@ -110,7 +110,9 @@ def compiled_moments(task: Task) -> list[Moments]:
     expected = auto_moments(task)
     key = state.key()  # the first batch shows which attributes the model reads; only those are in the key
     is_new = key not in programs or (program is not None and program.size < task.size)
-    if is_new and task.size > 0 and len(programs) < MOST_PROGRAMS:
+    # A plan may not fit one sample alone, whose axes squeeze() removes, and fit other batches.
+    may_compile = task.size > 1 or verified_strategy(task) is not None
+    if is_new and task.size > 0 and may_compile and len(programs) < MOST_PROGRAMS:
         programs[key] = _checked_program(task, expected)
     return expected
 

@@ -155,7 +155,12 @@ class Outline:
 
     def end(self, logits: Tensor) -> Outline:
         """Add which tensor the logits are: a dispatcher operator, which is not recorded, may have made or changed them."""
-        self._calls.append(self.origin(logits) or "unknown")
+        origin, calls = self.origin(logits), self._calls
+        if origin == self._count and len(calls) > _ADDED_AXIS and calls[-_ADDED_AXIS] is torch.atleast_2d:
+            # as_rows has added the sample axis, which is no call of the model
+            origin = calls[-2]
+            del calls[-_ADDED_AXIS:], self._axes[-1:], self.sizes[-2:]
+        calls.append(origin or "unknown")
         return self
 
     def _storing(self) -> str:
@@ -222,6 +227,10 @@ class Outline:
         kind, number, version = leaf
         changes = version_of(tensor) - version
         return (kind, number, changes) if changes else (kind, number)
+
+
+_ADDED_AXIS = 6
+"""Number of entries of a call of ``torch.atleast_2d``."""
 
 
 class _Traits(NamedTuple):
