@@ -41,6 +41,19 @@ def _vit_tiny() -> nn.Module:
     return model
 
 
+class _OverFrames(nn.Module):
+    """A classifier of videos that averages the results of an image network over the frames."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frames, self.head = resnet18(), nn.Linear(1000, 4)
+
+    def forward(self, videos: Tensor) -> Tensor:
+        results = self.frames(videos.flatten(0, 1)).unflatten(0, videos.shape[:2])
+        logits: Tensor = self.head(results.mean(1))
+        return logits
+
+
 class _Bert(nn.Module):
     """The classifier of transformers with random weights; it returns the logits."""
 
@@ -72,8 +85,11 @@ CASES: dict[str, Case] = {
     "ResNet-20, 256": (resnet20, (256, 3, 32, 32), 0),
     "ResNet-20 with group norm, 64": (_group_norm, (64, 3, 32, 32), 0),
     "ResNet-18 112 px, 16": (resnet18, (16, 3, 112, 112), 0),
+    "ResNet-18 56 px, 16 x 4 frames": (_OverFrames, (16, 4, 3, 56, 56), 0),
     "ResNet-50 96 px, 16": (_vision("resnet50"), (16, 3, 96, 96), 0),
     "MobileNetV3-small 128 px, 16": (_vision("mobilenet_v3_small"), (16, 3, 128, 128), 0),
+    "ShuffleNetV2-x1 96 px, 16": (_vision("shufflenet_v2_x1_0"), (16, 3, 96, 96), 0),
+    "RegNet-Y-400MF 96 px, 16": (_vision("regnet_y_400mf"), (16, 3, 96, 96), 0),
     "EfficientNet-B0 128 px, 16": (_vision("efficientnet_b0"), (16, 3, 128, 128), 0),
     "DenseNet-121 64 px, 16": (_vision("densenet121"), (16, 3, 64, 64), 0),
     "ConvNeXt-T 64 px, 16": (_vision("convnext_tiny"), (16, 3, 64, 64), 0),
