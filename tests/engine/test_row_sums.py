@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from lightning_gradmetrics.engine import gradient_statistics, planned_batch
 from lightning_gradmetrics.engine.passes.row_sums import RowSums
+from lightning_gradmetrics.engine.passes.weighted_sums import _cancelled
 from lightning_gradmetrics.engine.rules import RULES, Call, Rule, rule
 from lightning_gradmetrics.engine.rules.sums import window_sums
 from lightning_gradmetrics.engine.uses import LinearUse, RowsUse, Use
@@ -222,3 +223,12 @@ def test_sums_over_windows_are_those_of_a_convolution_with_ones(channels: int) -
     ones = images.new_ones(channels, 1, 3, 3)
     found = window_sums(torch.conv2d, images, (3, 3), {"padding": "same"})
     torch.testing.assert_close(found, torch.conv2d(images, ones, groups=channels, padding="same"))
+
+
+def test_sums_that_cancel_in_one_sample_leave_out_their_slots() -> None:
+    torch.manual_seed(0)
+    gradients, slots = torch.randn(6, 5), ("weight", "bias")
+    assert not _cancelled(slots, gradients, mixes_features=True)
+    gradients[0] -= gradients[0].mean()
+    assert set(_cancelled(slots, gradients, mixes_features=True)) == set(slots)
+    assert set(_cancelled(slots, gradients, mixes_features=False)) == {"bias"}

@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +41,7 @@ SWITCH = "LIGHTNING_GRADMETRICS_NATIVE"
 
 SOURCES = tuple(sorted(Path(__file__).with_name("csrc").glob("*.[ch]")))
 COMPILERS = ("cc", "gcc", "clang")
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-std=gnu11", "-shared", "-fPIC", "-w")
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-std=gnu11", "-fPIC", "-w")
 DEFINES = {torch.float32: ("-DREAL=float", "-DSINGLE"), torch.float64: ("-DREAL=double",)}
 COMPILE_SECONDS = 120
 JOBS = (
@@ -208,14 +209,25 @@ def _processor() -> str:
 
 
 def _built(compiler: Sequence[str], dtype: torch.dtype, folder: Path, stem: str) -> Path:
-    """Compile a new library in the folder and return its path."""
+    """Compile a new library in the folder, the files side by side, and return its path."""
     sweep(folder)
-    with tempfile.TemporaryDirectory(prefix=BUILD_PREFIX, dir=folder) as scratch:
+    with tempfile.TemporaryDirectory(prefix=BUILD_PREFIX, dir=folder) as scratch, ThreadPoolExecutor(_cores()) as pool:
+
+        def compiled(source: Path) -> str:
+            target = str(Path(scratch) / f"{source.stem}.o")
+            _run([*compiler, *FLAGS, *DEFINES[dtype], "-c", str(source), "-o", target], scratch)
+            return target
+
+        largest_first = sorted(SOURCES, key=lambda source: -source.stat().st_size)
+        objects = list(pool.map(compiled, [source for source in largest_first if source.suffix == ".c"]))
         built = Path(scratch) / "kernels.so"
-        sources = [str(source) for source in SOURCES if source.suffix == ".c"]
-        command = [*compiler, *FLAGS, *DEFINES[dtype], *sources, "-o", str(built), "-lm"]
-        _run(command, scratch)
+        _run([*compiler, *FLAGS, "-shared", *objects, "-o", str(built), "-lm"], scratch)
         return publish(built, folder, stem)
+
+
+def _cores() -> int:
+    """Return the number of processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _run(command: Sequence[str], scratch: str) -> None:
