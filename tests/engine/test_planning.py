@@ -73,6 +73,13 @@ class _OneHot(nn.Module):
         return self.head(F.one_hot(classes, 4).double().flatten(1))
 
 
+class _OneHotByKeyword(_OneHot):
+    """The same with arguments by name."""
+
+    def forward(self, classes):
+        return self.head(F.one_hot(input=classes, num_classes=4).double().flatten(1))
+
+
 class _OneHotOfTheBatch(_OneHot):
     """The largest class of the batch determines the number of columns."""
 
@@ -97,6 +104,7 @@ class _ZeroShot(nn.Module):
 
 PROVEN = {
     "one_hot": (_OneHot, lambda size: torch.randint(0, 4, (size, 3))),
+    "one_hot by keyword": (_OneHotByKeyword, lambda size: torch.randint(0, 4, (size, 3))),
     "attention over constants": (_ZeroShot, lambda size: torch.randn(size, 6).double()),
     "spectral norm": (
         lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(6, 3)),

@@ -139,4 +139,5 @@ def _cancelled(slots: Collection[str], g: Tensor, mixes_features: bool) -> Colle
 
 def _of_samples(tensor: Tensor) -> Tensor:
     """Return the sum of each sample's entries ``(N,)``, without a copy of images in the channels-last layout."""
+    # With the further axis, a vector has an axis to sum over: ``sum(())`` would add all samples.
     return tensor.unsqueeze(-1).sum(tuple(range(1, tensor.ndim + 1)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from types import FrameType
 from typing import Any, NamedTuple
@@ -292,9 +292,12 @@ def _content(tensor: Tensor) -> str:
         return f"tensor {next(_NUMBERS)}"
 
 
-def _class_count(tensor: Tensor, num_classes: int = -1) -> int:
-    """Return the number of classes of a call of ``one_hot``, which is negative if the values determine it."""
-    return num_classes
+def _only_checks(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Return whether a call is ``one_hot`` with a number of classes, without which the values determine that number."""
+    if func is not torch._C._nn.one_hot:
+        return False
+    count = kwargs.get("num_classes", args[1] if len(args) > 1 else -1)
+    return type(count) is int and count > 0
 
 
 class Recording(TorchFunctionMode):
@@ -319,7 +322,7 @@ class Recording(TorchFunctionMode):
         if type(func) is torch._ops.OpOverload:
             return func(*args, **kwargs)
         self.depth += 1
-        self.only_checks = func is torch._C._nn.one_hot and _class_count(*args, **kwargs) > 0
+        self.only_checks = _only_checks(func, args, kwargs)
         try:
             result = func(*args, **kwargs)
         finally:
