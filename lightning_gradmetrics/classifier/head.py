@@ -232,8 +232,9 @@ def _not_found(model: nn.Module, calls: Sequence[LayerCall], logits: Tensor) -> 
         )
     if columns is not None and classes == 2:
         return (
-            f"{start}the layer {columns!r} has one output, and head scores need two columns: give the model a head of two "
-            f"columns, zeros and z, or take target='{columns}.weight'"
+            f"{start}the layer {columns!r} has one output z, and logits_fn makes two columns of it. Let logits_fn return z "
+            f"alone (N, 1), which is scored as the logits (0, z) with the gradient of that layer's one row, or take "
+            f"target='{columns}.weight'"
         )
     if not linear_layers(model):
         return f"{start}{_layers(model)}"

@@ -291,7 +291,7 @@ def _named(name: str, value: Any) -> Score:
 
 
 def _parse(text: str) -> tuple[str, dict[str, Any]]:
-    """Return the name and the arguments in ``name`` or ``name(argument=value, ...)``; bare words are strings."""
+    """Return the name and the arguments in ``name`` or ``name(argument=value, ...)``; ``head`` and ``head.weight`` are texts."""
     name, bracket, rest = text.strip().partition("(")
     if not bracket:
         return name, {}
@@ -302,15 +302,16 @@ def _parse(text: str) -> tuple[str, dict[str, Any]]:
         return name.strip(), {str(keyword.arg): _value(keyword.value) for keyword in call.keywords}
     except (SyntaxError, ValueError) as error:
         raise ValueError(
-            f"cannot read the score {text!r}; write name(argument=value, ...), as in gradnorm(temperature=2.0)"
+            f"cannot read the score {text!r}; write name(argument=value, ...), as in gradnorm(temperature=2.0), with quotes "
+            "around texts, as in gradnorm(target='layer4.*')"
         ) from error
 
 
 def _value(node: ast.expr) -> Any:
     if isinstance(node, ast.Name):
         return float("inf") if node.id == "inf" else node.id
-    if isinstance(node, ast.Call):
-        return ast.unparse(node)  # another score, as in views(score=gradnorm(p=2))
+    if isinstance(node, ast.Call | ast.Attribute):
+        return ast.unparse(node)  # a score, as in views(score=gradnorm(p=2)), or a parameter, as in target=head.weight
     return ast.literal_eval(node)
 
 

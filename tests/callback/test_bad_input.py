@@ -73,6 +73,7 @@ ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"scores": None}, r"a score is a name.*got NoneType"),
     ({"scores": "gradnorm(2)"}, r"cannot read the score 'gradnorm\(2\)'; write name\(argument=value"),
     ({"scores": "gradnorm("}, r"cannot read the score 'gradnorm\('; write name\(argument=value"),
+    ({"scores": "gradnorm(target=2.weight)"}, r"cannot read.*with quotes around texts.*target='layer4\.\*'"),
     ({"scores": "gradnorm(p=-1)"}, r"got p=-1; allowed: the p of a p-norm, a number above 0"),
     ({"scores": "gradnorm(p=nan)"}, r"got p='nan'; allowed: the p of a p-norm"),
     ({"scores": "gradnorm(temperature=inf)"}, r"got temperature=inf; allowed: a finite number above 0"),

@@ -101,6 +101,14 @@ def test_a_layer_that_is_not_linear_is_refused() -> None:
     assert len(lgm.score(model, x, "max_softmax")["max_softmax"]) == 6
 
 
+def test_the_error_for_two_columns_of_one_logit_names_a_way_that_works() -> None:
+    model, x = with_head(nn.Linear(8, 1)), torch.randn(6, 5).double()
+    with pytest.raises(HeadNotFoundError, match=r"Let logits_fn return z alone.*target='2\.weight'"):
+        lgm.score(model, x, "gradnorm", logits_fn=lambda z: torch.cat([torch.zeros_like(z), z], 1))
+    alone = lgm.score(model, x, ["gradnorm", "gradnorm(target='2.weight')"], logits_fn=lambda z: z)
+    torch.testing.assert_close(*alone.values())
+
+
 class Heads(nn.Module):
     """Two heads on one body."""
 

@@ -115,6 +115,10 @@ def wrong_face(logits: Tensor) -> Tensor:
     return logits.amax(1)
 
 
+def test_names_of_parameters_need_no_quotes() -> None:
+    assert make("gradnorm(target=head.weight)").name == make("gradnorm(target='head.weight')").name
+
+
 @pytest.mark.parametrize(
     ("score", "message"),
     [
