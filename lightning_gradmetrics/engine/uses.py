@@ -21,7 +21,6 @@ from lightning_gradmetrics.engine.kernels import (
     row_moments,
     touched_rows,
 )
-from lightning_gradmetrics.engine.kernels.geometry import DIMENSIONS
 from lightning_gradmetrics.engine.kernels.reduction import CHUNK_ENTRIES
 from lightning_gradmetrics.engine.kernels.segments import LARGEST, Factors
 from lightning_gradmetrics.gradients.precision import at_least_float32
@@ -215,23 +214,28 @@ class ConvUse:
 
     def gradient(self) -> Tensor:  # noqa: D102
         x, g = at_least_float32(self.x), at_least_float32(self.g)
-        joined = self._joined(x, g)
+        joined = self.joined(x, g)
         if joined is not None:
             return conv_gradient(*joined).reshape(len(x), *self.shape)
         flat = conv_gradient(x.flatten(0, 1), g.flatten(0, 1), self.geometry)
         return flat.reshape(*x.shape[:2], *self.shape).sum(1)
 
     def moments(self, wanted: Iterable[Moment]) -> Moments:  # noqa: D102
-        joined = self._joined(self.x, self.g)
+        joined = self.joined(self.x, self.g)
         return chunked_moments(self, wanted) if joined is None else conv_moments(*joined, wanted, self.totals)
 
-    def _joined(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor, ConvGeometry] | None:
-        """Return one convolution per sample: several inputs are a further spatial dimension; ``None`` if there are four."""
-        if x.shape[1] == 1:
-            return x[:, 0], g[:, 0], self.geometry
-        if len(self.geometry.kernel_size) == DIMENSIONS:
-            return None
-        return x.transpose(1, 2), g.transpose(1, 2), self.geometry.over_inputs()
+    def joined(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor, ConvGeometry] | None:
+        """Return one convolution per sample, see :meth:`.ConvGeometry.joined`.
+
+        Args:
+            x: The input, or its rows of some samples in some type.
+            g: The same rows of the gradient of the output.
+
+        Returns:
+            The input, the gradient and the geometry; ``None`` if there is no such convolution.
+        """
+        inputs, gradients = self.geometry.joined(x), self.geometry.joined(g)
+        return None if inputs is None or gradients is None else (inputs[0], gradients[0], inputs[1])
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,34 @@ def test_folded_layers_have_the_statistics_of_the_reference(name: str, dtype: to
     assert folded == ["norms.0.weight", "norms.1.weight"]
 
 
+class OverFrames(nn.Module):
+    """Adds the results of a network for each frame of ``(N, T, C, *S)``; ``by_frame``: the first frames are the first rows."""
+
+    def __init__(self, frames: Net, by_frame: bool) -> None:
+        super().__init__()
+        self.frames, self.by_frame = frames, by_frame
+
+    def forward(self, videos: Tensor) -> Tensor:
+        if self.by_frame:
+            videos = videos.transpose(0, 1)
+        results = self.frames(videos.flatten(0, 1)).unflatten(0, videos.shape[:2])
+        return results.tanh().sum(0 if self.by_frame else 1)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize(("name", "by_frame"), [*((name, False) for name in PAIRS), ("2d", True), ("depthwise", True)])
+def test_networks_over_several_frames_of_each_sample_are_folded(name: str, by_frame: bool, folded: list[str]) -> None:
+    """Also on a known path, and for other numbers of samples and frames; frames of three dimensions are not folded."""
+    torch.manual_seed(0)
+    pair, size = PAIRS[name]
+    model = OverFrames(Net(*pair()), by_frame).double().eval()
+    for _ in range(3):
+        compare(model, torch.randn(4, 3, 3, *size, dtype=torch.float64))
+    assert folded == ["frames.norms.0.weight", "frames.norms.1.weight"] * (2 if name != "3d" else 0)
+    for samples, frames in [(2, 5), (1, 4), (5, 1)]:
+        compare(model, torch.randn(samples, frames, 3, *size, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("limit", [0, 2**24])
 def test_a_batch_has_the_same_results_again(limit: int, folded: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Folds are for large batches."""

@@ -116,7 +116,7 @@ def test_group_norms_between_layers():
 
 
 class _Norms(nn.Module):
-    """Batch norms in a row."""
+    """Batch norms in a row, on each frame of a video."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,16 +127,18 @@ class _Norms(nn.Module):
             norm.running_var.uniform_(0.5, 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.second(self.first(x).relu_())
-        return self.third(h.transpose(2, 3).tanh() + h).square().mean((2, 3))
+        h = self.second(self.first(x.flatten(0, 1)).relu_())
+        results = self.third(h.transpose(2, 3).tanh() + h).square().mean((2, 3))
+        return results.unflatten(0, x.shape[:2]).sum(1)
 
 
-def test_batch_norms_compute_their_gradients_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("frames", [1, 3])
+def test_batch_norms_compute_their_gradients_in_one_pass(frames: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(path_record, "MOST_BYTES", 0)
     taken = []
     original = EarlyProduct.taken
     monkeypatch.setattr(EarlyProduct, "taken", lambda *given: taken.append(original(*given)) or taken[-1])
-    model, x, objectives = _Norms().double().eval(), normal(6, 4, 5, 5), ["pseudo_label", "uniform"]
+    model, x, objectives = _Norms().double().eval(), normal(6, frames, 4, 5, 5), ["pseudo_label", "uniform"]
     expected = gradient_statistics(model, x, objectives, per_parameter=True, engine="reference")
     for _ in range(3):
         for one, other in zip(gradient_statistics(model, x, objectives, per_parameter=True), expected, strict=True):

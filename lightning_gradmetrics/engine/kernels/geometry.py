@@ -94,7 +94,20 @@ class ConvGeometry:
             sides += (amount, amount)
         return F.pad(x, sides)
 
-    def over_inputs(self) -> ConvGeometry:
+    def joined(self, x: Tensor) -> tuple[Tensor, ConvGeometry] | None:
+        """Return one input of each sample, and its convolution: several inputs are stacked along a new first spatial dimension.
+
+        Args:
+            x: The inputs, ``(N, times, C, *S)``.
+
+        Returns:
+            The input ``(N, C, *S)`` or ``(N, C, times, *S)``, a view, and its geometry; ``None`` if there would be four dimensions.
+        """
+        if x.shape[1] == 1:
+            return x[:, 0], self
+        return None if len(self.kernel_size) == DIMENSIONS else (x.transpose(1, 2), self._over_inputs())
+
+    def _over_inputs(self) -> ConvGeometry:
         """Return the convolution of several inputs that are stacked along a new first spatial dimension."""
         return ConvGeometry(
             (1, *self.kernel_size), (1, *self.stride), (0, *self.padding), (1, *self.dilation), self.groups

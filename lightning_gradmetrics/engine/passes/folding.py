@@ -62,6 +62,7 @@ class _Folded:
         fold: The fold.
         hidden: The tensor that the model has instead of the convolution's output, without values.
         output: The output of the norm.
+        axis: Its sample axis.
         arguments: The other arguments of the norm that were used, by name.
         is_used: Whether the norm was called.
     """
@@ -69,6 +70,7 @@ class _Folded:
     fold: Fold
     hidden: Tensor
     output: Tensor
+    axis: Axis
     arguments: Mapping[str, Any]
     is_used: bool = False
 
@@ -134,9 +136,10 @@ def can_lay_out(plan: Plan, trace: CallTrace, operations: DependenceTrace) -> bo
 
 
 def _is_step_of(step: Step, *functions: Any) -> bool:
-    """Return whether a rule covers the step of a function whose tensors have one position per sample, on the first axis."""
-    axes = [axis for axis in (*step.inputs, step.output) if axis is not None]
-    return step.kind == "rule" and step.function in functions and all(axis == Axis(0) for axis in axes)
+    """Return whether a rule covers the step of a function whose tensors have the samples on the first axis, in the same layout."""
+    axes = {axis for axis in (*step.inputs, step.output) if axis is not None}
+    is_first = len(axes) == 1 and all(axis.dim == 0 for axis in axes)
+    return step.kind == "rule" and step.function in functions and is_first
 
 
 def _is_convolution(step: Step, call: TracedCall) -> bool:
@@ -246,7 +249,7 @@ class FoldingTracer(Tracer):
             if self._is_refused or (is_changed and not isinstance(error, PlanError)):
                 self._refuse()
             raise
-        unknown = _Folded(Fold(0, "", "", "", "", 0.0), torch.empty(0), logits, {})
+        unknown = _Folded(Fold(0, "", "", "", "", 0.0), torch.empty(0), logits, Axis(0), {})
         for folded in self._folded.values():
             if self._is_refused or not folded.is_used or folded.references() > unknown.references():
                 self._refuse()
@@ -272,9 +275,14 @@ class FoldingTracer(Tracer):
     def _rule(self, step: Step, args: Any, kwargs: Any) -> Any:
         fold = self.plan.folds.get(self.position - 1)
         values = None if fold is None else bind(RULES[step.function], args, kwargs)
-        if fold is None or not values or not self._pays(fold, values):
+        if fold is None or not values or not self._runs_as_planned(fold, values):
             return self._unfolded(step, args, kwargs)
-        return self._convolve(step, fold, values)
+        assert step.output is not None
+        axis = self._fitted(step.output, values["input"].shape)
+        if scaling_pays(values, axis, self._wanted):
+            return self._convolve(step, axis, fold, values)
+        self.times.pop()  # the ordinary step notes it again
+        return self._unfolded(step, args, kwargs)
 
     def _unfolded(self, step: Step, args: Any, kwargs: Any) -> Any:
         return super()._rule(step, args, kwargs)
@@ -292,39 +300,33 @@ class FoldingTracer(Tracer):
         except FoldRefused:
             self._refuse()
 
-    def _pays(self, fold: Fold, values: Mapping[str, Any]) -> bool:
-        """Return whether to fold a convolution: it must run as in the trace, and the sums of the kernel must pay.
-
-        A mode of the dispatcher in the model would see other operators than its own.
-        """
+    def _runs_as_planned(self, fold: Fold, values: Mapping[str, Any]) -> bool:
+        """Return whether a convolution runs as in the trace; a mode of the dispatcher in the model would see other operators."""
         x, weight = values["input"], values["weight"]
         if self._recomputes or torch.is_autocast_enabled("cpu") or x.dtype != weight.dtype:
             return False
-        if torch._C._len_torch_dispatch_stack() or not self._buffers.keys() >= {fold.mean, fold.variance}:
-            return False
-        return scaling_pays(values, self._wanted)
+        return not torch._C._len_torch_dispatch_stack() and self._buffers.keys() >= {fold.mean, fold.variance}
 
-    def _convolve(self, step: Step, fold: Fold, values: dict[str, Any]) -> Tensor:
+    def _convolve(self, step: Step, axis: Axis, fold: Fold, values: dict[str, Any]) -> Tensor:
         """Return a hidden tensor instead of the output of a convolution."""
-        self._fitted(Axis(0), values["input"].shape)
         names = {"weight": fold.weight, "bias": fold.bias}
         arguments = {key: self.parameters[name] for key, name in names.items()}
         arguments["running_mean"], arguments["running_var"] = self._buffers[fold.mean], self._buffers[fold.variance]
         slots = self._slots(values) | {f"norm_{key}": name for key, name in names.items()}
         if self.recorder is not None:
-            self.recorder.note_fold(self.outline, self.position - 1, step, fold, slots, arguments)
+            self.recorder.note_fold(self.outline, self.position - 1, step, axis, fold, slots, arguments)
         output = self._rooted(step, run_folded(step.function, values, arguments, fold.eps))
-        self._collect_at(output, values, slots)
-        self._fitted(Axis(0), output.shape)
+        self._collect_at(output, axis, values, slots)
+        self._fitted(axis, output.shape)
         hidden = hidden_tensor(output)
-        self._folded[id(hidden)] = _Folded(fold, hidden, output, arguments)
+        self._folded[id(hidden)] = _Folded(fold, hidden, output, axis, arguments)
         return hidden
 
-    def _collect_at(self, output: Tensor, values: dict[str, Any], slots: Mapping[str, Source]) -> None:
+    def _collect_at(self, output: Tensor, axis: Axis, values: dict[str, Any], slots: Mapping[str, Source]) -> None:
         """Collect the uses of a folded layer when the gradient of its output arrives."""
         for source in slots.values():
             self._expect(source)
-        call = Call(values, Axis(0), Axis(0), frozenset(slots))
+        call = Call(values, axis, axis, frozenset(slots))
         hook = partial(self._rule_gradient, FOLDED, call, slots, values["input"]._version)
         output.register_hook(hook)  # type: ignore[no-untyped-call]
 
@@ -337,7 +339,7 @@ class FoldingTracer(Tracer):
         if not is_known or values["training"] or values["eps"] != folded.fold.eps:
             self._refuse()
         self.position += 1
-        self.times += [1, 1]
+        self.times += [folded.axis.times, folded.axis.times]
         folded.is_used = True
         return folded.output
 
@@ -362,7 +364,7 @@ class _PlainTracer(FoldingTracer):
     def _rooted(self, step: Step, result: Tensor) -> Tensor:
         return result
 
-    def _collect_at(self, output: Tensor, values: dict[str, Any], slots: Mapping[str, Source]) -> None:
+    def _collect_at(self, output: Tensor, axis: Axis, values: dict[str, Any], slots: Mapping[str, Source]) -> None:
         pass
 
 

@@ -158,7 +158,14 @@ class PathRecorder:
         self._marks = marks
 
     def note_fold(
-        self, outline: Outline, position: int, step: Step, fold: Fold, slots: Mapping[str, Source], tensors: Any
+        self,
+        outline: Outline,
+        position: int,
+        step: Step,
+        axis: Axis,
+        fold: Fold,
+        slots: Mapping[str, Source],
+        tensors: Any,
     ) -> None:
         """Add a convolution that returns the output of the batch norm after it.
 
@@ -166,6 +173,7 @@ class PathRecorder:
             outline: The earlier calls.
             position: Its position in the plan.
             step: Its step.
+            axis: The sample axis of its input and output.
             fold: The norm.
             slots: The parameters of both by the names of the arguments.
             tensors: The parameters and statistics of the norm by the names of its arguments.
@@ -177,7 +185,7 @@ class PathRecorder:
             numbers[key] = number
         names = {slot: str(source) for slot, source in slots.items()}
         norm = HeldNorm(numbers, fold.eps)
-        self._held[position] = HeldStep(step, FOLDED, names, Axis(0), Axis(0), frozenset(names), 0, None, norm)
+        self._held[position] = HeldStep(step, FOLDED, names, axis, axis, frozenset(names), 0, None, norm)
         self._norms.add(fold.norm)
 
     def add_inner(self, function: Any, args: Any, kwargs: Mapping[str, Any], result: Any, start: int, end: int) -> None:

@@ -104,11 +104,12 @@ def _geometry(
     return ConvGeometry(kernel, stride, padding, dilation, groups)
 
 
-def scaling_pays(values: Mapping[str, Any], wanted: Collection[Moment]) -> bool:
+def scaling_pays(values: Mapping[str, Any], axis: Axis, wanted: Collection[Moment]) -> bool:
     """Return whether to scale the output of a convolution in the kernel of its weight gradient; see :func:`.scaled_products_pay`.
 
     Args:
         values: The arguments by name.
+        axis: The sample axis of the input.
         wanted: The moments to compute.
     """
     x, keys = values["input"], frozenset(wanted)
@@ -117,13 +118,14 @@ def scaling_pays(values: Mapping[str, Any], wanted: Collection[Moment]) -> bool:
         value = values.get(name)
         fields.append(tuple(value) if isinstance(value, list) else value)
     shapes = x.shape, values["weight"].shape
-    return supports(x, keys) and _scaling_pays(*shapes, x.dtype, tuple(fields), keys, torch.get_num_threads())
+    return supports(x, keys) and _scaling_pays(*shapes, axis, x.dtype, tuple(fields), keys, torch.get_num_threads())
 
 
 @functools.lru_cache(maxsize=4096)
 def _scaling_pays(
     shape: torch.Size,
     weight_shape: torch.Size,
+    axis: Axis,
     dtype: torch.dtype,
     fields: tuple[Any, ...],
     keys: frozenset[Moment],
@@ -133,8 +135,9 @@ def _scaling_pays(
     with torch._C.DisableTorchFunction(), torch.no_grad():
         x, weight = (torch.empty(1, dtype=dtype).expand(size) for size in (shape, weight_shape))
         values = dict(zip(("stride", "padding", "dilation", "groups"), fields, strict=True))
-        padded, geometry = padded_input(Call({"input": x, "weight": weight, **values}, Axis(0), Axis(0), frozenset()))
-        return scaled_products_pay(padded[:, 0], len(weight), geometry, keys)
+        padded, geometry = padded_input(Call({"input": x, "weight": weight, **values}, axis, axis, frozenset()))
+        joined = geometry.joined(padded)
+        return joined is not None and scaled_products_pay(joined[0], len(weight), joined[1], keys)
 
 
 @rule(

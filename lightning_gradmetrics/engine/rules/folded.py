@@ -52,7 +52,7 @@ class _ScaledConvUse:
     """The weight gradient of a convolution whose output channels are scaled.
 
     Args:
-        unscaled: The gradient before it is scaled, with one input per sample.
+        unscaled: The gradient before it is scaled, which is that of one convolution per sample.
         weight: The weight.
         scale: The factors, ``(C_out,)``.
     """
@@ -80,9 +80,11 @@ class _ScaledConvUse:
         return self._scaled().gradient()
 
     def moments(self, wanted: Iterable[Moment]) -> Moments:
-        use, sums = self.unscaled, ChannelScale.for_samples(len(self), self.weight, self.scale)
+        joined = self.unscaled.joined(self.unscaled.x, self.unscaled.g)
+        assert joined is not None  # otherwise scaling does not pay
+        sums = ChannelScale.for_samples(len(self), self.weight, self.scale)
         self._sums[:] = [sums]
-        return native_convolution(use.x[:, 0], use.g[:, 0], use.geometry, wanted, sums)
+        return native_convolution(*joined, wanted, sums)
 
     def sums(self) -> ChannelScale:
         """Return the sums of each channel, which any computation of moments returns as well."""

@@ -85,9 +85,9 @@ def batch_norm(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
 def _by_kernel(call: Call, g: Tensor) -> dict[str, Use] | None:
     """Return the uses, computed in one pass together with the gradient of the input; ``None`` if the kernel does not cover the call."""
     values = call.values
-    if call.slots != {"weight", "bias"} or call.axis.times != 1 or values["input"].ndim < 3 or not supports(g, ()):
+    if call.slots != {"weight", "bias"} or call.axis.minor or values["input"].ndim < 3 or not supports(g, ()):
         return None
-    gradient, early = _base(g.squeeze(1)), values.get("early")
+    gradient, early = _base(g.flatten(0, 1)), values.get("early")
     is_early = early is not None and not early.is_late and gradient is g._base
     statistics = (values["running_mean"], values["running_var"], values["eps"])
     found = native_norm(values["input"], gradient, *statistics, values["weight"] if is_early else None)
@@ -95,7 +95,12 @@ def _by_kernel(call: Call, g: Tensor) -> dict[str, Use] | None:
         return None
     if early is not None and found.product is not None:
         early.set(gradient, found.product)
-    return {"bias": RowsUse(found.bias), "weight": RowsUse(found.weight)}
+    return {"bias": RowsUse(_over_inputs(found.bias, g)), "weight": RowsUse(_over_inputs(found.weight, g))}
+
+
+def _over_inputs(rows: Tensor, g: Tensor) -> Tensor:
+    """Return the sum of ``(N times, C)`` over the inputs of each sample, for a gradient ``(N, times, C, *S)``."""
+    return rows if g.shape[1] == 1 else rows.unflatten(0, g.shape[:2]).sum(1)  # type: ignore[no-untyped-call]
 
 
 def _base(view: Tensor) -> Tensor:
