@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["exact_norm_gradients", "exact_norm_gradients_in", "has_instance_norms", "is_instance_norm"]
+__all__ = ["exact_norm_gradients", "exact_norm_gradients_in", "is_instance_norm"]
 
 
 class _ExactGradients(TorchFunctionMode):
@@ -41,11 +41,6 @@ class _ExactGradients(TorchFunctionMode):
 def is_instance_norm(function: Any) -> bool:
     """Return whether a function is one of torch's instance norms."""
     return getattr(function, "__name__", "") == "instance_norm"
-
-
-def has_instance_norms(model: nn.Module) -> bool:
-    """Return whether a model has layers that are instance norms."""
-    return any(isinstance(module, nn.modules.instancenorm._InstanceNorm) for module in model.modules())
 
 
 def _repair(result: Any, x: Tensor | None) -> None:

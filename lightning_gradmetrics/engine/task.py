@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradmetrics.classifier.forward import Inputs, as_rows, call, map_tensors, tensors_in
-from lightning_gradmetrics.classifier.norm_gradients import exact_norm_gradients, has_instance_norms
+from lightning_gradmetrics.classifier.norm_gradients import exact_norm_gradients
 from lightning_gradmetrics.classifier.preservation import ModelRecord
 from lightning_gradmetrics.classifier.tensor_records import version_of
 from lightning_gradmetrics.engine.kernels import class_residuals
@@ -138,15 +138,15 @@ class Task:
     def forward(self, repairs_norms: bool = True) -> Tensor:
         """Return the model's logits ``(N, C)``.
 
-        A model without norms to repair runs without a function mode, in which compiled functions would not run compiled.
+        Norms are repaired by a function mode, in which compiled functions do not run compiled. Without gradients there is none.
 
         Args:
-            repairs_norms: Whether a backward pass may follow, in which norms may get gradients with unusual strides.
+            repairs_norms: Whether norms may get gradients with unusual strides in a backward pass that follows.
 
         Raises:
             SampleAxisError: If the logits do not have one row per sample.
         """
-        if not repairs_norms or (self.size > 1 and not has_instance_norms(self.model)):
+        if not repairs_norms or not torch.is_grad_enabled():
             return self.logits_of(self.inputs, self.size)
         with exact_norm_gradients(self.size):
             return self.logits_of(self.inputs, self.size)

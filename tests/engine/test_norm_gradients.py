@@ -43,8 +43,20 @@ class _Net(nn.Module):
         return (x - mean) * (variance + 1e-5).rsqrt() * weight + bias
 
 
+class _FunctionalNorm(nn.Module):
+    """An instance norm that is no layer of torch."""
+
+    def __init__(self, channels: int, affine: bool) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.instance_norm(x, weight=self.weight, bias=self.bias)
+
+
 CASES = {
     "instance norms, transposed gradients": (nn.InstanceNorm2d, False, 3),
+    "functional instance norms, transposed gradients": (_FunctionalNorm, False, 3),
     "batch norms of one sample, transposed gradients": (nn.BatchNorm2d, False, 1),
     "batch norms of one sample, transposed inputs": (nn.BatchNorm2d, True, 1),
 }

@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -249,7 +250,7 @@ def _guards(task: Task, record: ModelRecord) -> ForwardGuards | None:
     state = ForwardState(task.model, record)
     state.restore()
     try:
-        code = UserCode(task.forward)
+        code = UserCode(partial(task.forward, repairs_norms=False))
     finally:
         state.restore()
     return ForwardGuards(record.modules, task.logits, code) if code.is_guarded(record.modules) else None
