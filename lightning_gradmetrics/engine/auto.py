@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from weakref import WeakKeyDictionary
@@ -257,50 +257,56 @@ def _moments(task: Task, strategy: Strategy, state: ForwardState) -> list[Moment
         table = MomentTable(task if step >= task.size else task.rows(start, start + step))
         checks = BatchChecks(table.task, strategy, state)
         with watching_generators(table.task, state) if checks.is_new else nullcontext():
-            _fill(table, strategy, checks, state)
+            _fill(table, checks)
         parts.append(table)
     if strategy.random:
         warn_random(task.model)
     return MomentTable.join(parts)
 
 
-def _fill(table: MomentTable, strategy: Strategy, checks: BatchChecks, state: ForwardState) -> None:
+def _fill(table: MomentTable, checks: BatchChecks) -> None:
     """Fill a table: the fast parameters, then the others.
 
     Raises:
         PlanError: If the model does not follow the strategy's plan.
     """
-    task = table.task
-    slow = dict(strategy.slow)
-    is_ordinary = strategy.plan is None and task.size == 1  # no other way is faster than the ordinary gradient
-    if strategy.plan is not None and strategy.fast:
-        fill_by_plan(table, strategy, checks, state)
-    elif is_ordinary:
-        slow = dict.fromkeys(task.parameters, "")
-    elif strategy.plan is None:
-        slow.update(_fill_by_owners(table, strategy, checks))
-    if not slow:
+    task, strategy = table.task, checks.strategy
+    if strategy.plan is None and task.size == 1:  # no other way is faster than the ordinary gradient
+        _fill_slowly(table, task.parameters, False, checks)
         return
+    slow = dict(strategy.slow)
+    if strategy.plan is None:
+        slow.update(_fill_by_owners(table, checks))
+    elif strategy.fast:
+        fill_by_plan(table, checks)
+    if slow:
+        mapped = strategy.mapped and not strategy.random and slow.keys() == strategy.slow.keys()
+        _fill_slowly(table, slow, mapped, checks)
+        warn_slow(task.model, slow, mapped)
+
+
+def _fill_slowly(table: MomentTable, names: Collection[str], mapped: bool, checks: BatchChecks) -> None:
+    """Fill a table with the moments of some parameters, mapped over the samples or one sample at a time.
+
+    Raises:
+        CoupledSamplesError: If the logits of a sample alone differ from those in the batch.
+        NotReproducibleError: If a second forward pass draws other random numbers.
+    """
+    task, strategy, state = table.task, checks.strategy, checks.state
     state.restore()
     if not checks.logits:
         checks(logits_without_graph(task, strategy.quiet))
         state.restore()
-    if strategy.random:
-        logits = table.add_draw(slow)
-        if not close_rows(logits, checks.logits[-1]):
-            raise not_reproducible(task.model)
-        if not is_ordinary:
-            warn_slow(task, Strategy(None, slow=slow))
-        return
-    mapped = strategy.mapped and slow.keys() == strategy.slow.keys()
-    table.add_slowly(slow, mapped, lambda number, found: compare_alone(task, checks.logits[-1], number, found, state))
-    if not is_ordinary:
-        warn_slow(task, Strategy(None, slow=slow, mapped=mapped))
+    logits = checks.logits[-1]
+    if not strategy.random:
+        table.add_slowly(names, mapped, lambda number, alone: compare_alone(task, logits, number, alone, state))
+    elif not close_rows(table.add_draw(names), logits):
+        raise not_reproducible(task.model)
 
 
-def _fill_by_owners(table: MomentTable, strategy: Strategy, checks: BatchChecks) -> dict[str, str]:
+def _fill_by_owners(table: MomentTable, checks: BatchChecks) -> dict[str, str]:
     """Fill a table by recovered owners; return the parameters for which that is impossible, with reasons."""
-    task, state = table.task, ForwardState(table.task.model)
+    task, strategy, state = table.task, checks.strategy, ForwardState(table.task.model)
     names, lost, disagrees = list(strategy.fast), {}, False
     while names:
         try:

@@ -25,8 +25,7 @@ from lightning_gradmetrics.engine.passes.plan import Plan, PlanError
 from lightning_gradmetrics.engine.passes.row_sums import RowSums
 from lightning_gradmetrics.engine.passes.selects import SelectsRefused
 from lightning_gradmetrics.engine.passes.single_sample import collect_one_sample, needs_no_plan
-from lightning_gradmetrics.engine.passes.strategy import Strategy, collect_fast, collect_on_path
-from lightning_gradmetrics.engine.tracing.model_state import ForwardState
+from lightning_gradmetrics.engine.passes.strategy import collect_fast, collect_on_path
 from lightning_gradmetrics.engine.tracing.outline import Outline
 
 __all__ = ["GRADIENTS_IF_UNPROVEN", "fill_by_plan"]
@@ -44,7 +43,7 @@ MOST_BATCHES = 1024
 """Largest number of combinations of input shapes and batch size that are stored for one strategy; the oldest is dropped."""
 
 
-def fill_by_plan(table: MomentTable, strategy: Strategy, checks: BatchChecks, state: ForwardState) -> None:
+def fill_by_plan(table: MomentTable, checks: BatchChecks) -> None:
     """Fill a table with the moments of the parameters that a plan handles.
 
     How much is compared with autograd depends on what is known about batches of this size:
@@ -56,18 +55,17 @@ def fill_by_plan(table: MomentTable, strategy: Strategy, checks: BatchChecks, st
 
     Args:
         table: The table of the batch.
-        strategy: How the model is handled; it learns from the batch.
-        checks: The checks of the batch for samples that depend on each other.
-        state: The state of the model before the batch.
+        checks: The checks of the batch for samples that depend on each other; their strategy learns from the batch.
 
     Raises:
         CoupledSamplesError: If samples depend on each other.
         PlanError: If the batch does not follow the plan.
     """
-    if strategy.plan is not None and table.task.size == 1 and needs_no_plan(table.task, strategy, checks.here):
-        collect_one_sample(table, strategy.plan)
+    plan = checks.strategy.plan
+    if plan is not None and table.task.size == 1 and needs_no_plan(table.task, checks.strategy, checks.here):
+        collect_one_sample(table, plan)
         return
-    batch = _PlannedBatch(table, strategy, checks, state)
+    batch = _PlannedBatch(table, checks)
     if not batch.fill_by_known_calls():
         batch.fill()
 
@@ -77,11 +75,11 @@ class _PlannedBatch:
 
     Args:
         table: The table of the batch.
-        strategy: How the model is handled.
         checks: The checks of the batch.
-        state: The state of the model before the batch.
 
     Attributes:
+        strategy: How the model is handled.
+        state: The state of the model before the batch.
         laid_out: The batch in the layout that it runs in.
         fast: The same, restricted to the parameters that the plan handles.
         free: Whether axes may have a different number of positions per sample than planned.
@@ -89,8 +87,9 @@ class _PlannedBatch:
 
     __slots__ = ("checks", "fast", "free", "laid_out", "state", "strategy", "table")
 
-    def __init__(self, table: MomentTable, strategy: Strategy, checks: BatchChecks, state: ForwardState) -> None:
-        self.table, self.strategy, self.checks, self.state = table, strategy, checks, state
+    def __init__(self, table: MomentTable, checks: BatchChecks) -> None:
+        self.table, self.checks, self.state = table, checks, checks.state
+        self.strategy = strategy = checks.strategy
         self.laid_out = table.task.channels_last() if strategy.channels_last else table.task
         self.fast = self.laid_out.restricted(strategy.fast)
         self.free = checks.here[0] != strategy.shapes

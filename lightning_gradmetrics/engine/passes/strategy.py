@@ -178,17 +178,23 @@ class Strategy:
             del self.pauses[next(iter(self.pauses))]
 
 
-def warn_slow(task: Task, strategy: Strategy) -> None:
-    """Warn about the parameters without a fast rule, once per model and parameter."""
+def warn_slow(model: nn.Module, slow: Mapping[str, str], mapped: bool) -> None:
+    """Warn about parameters without a fast rule, once per model and parameter.
+
+    Args:
+        model: The model.
+        slow: The parameters, with reasons.
+        mapped: Whether they were mapped over the samples.
+    """
     by_reason: dict[str, list[str]] = {}
-    for name, reason in strategy.slow.items():
-        if first_time(task.model, ("slow", name)):
+    for name, reason in slow.items():
+        if first_time(model, ("slow", name)):
             by_reason.setdefault(reason, []).append(name)
     if by_reason:
         rows = [f"{', '.join(names)} ({reason})" for reason, names in by_reason.items()]
-        way = "by torch.func.vmap, checked against autograd on a probe" if strategy.mapped else "one sample at a time"
+        way = "by torch.func.vmap, checked against autograd on a probe" if mapped else "one sample at a time"
         warnings.warn(
-            f"no fast rule for these parameters of {type(task.model).__name__}, whose gradients are computed {way}, which is "
+            f"no fast rule for these parameters of {type(model).__name__}, whose gradients are computed {way}, which is "
             f"slower: {'; '.join(rows)}",
             stacklevel=2,
         )
