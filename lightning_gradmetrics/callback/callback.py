@@ -88,7 +88,7 @@ class GradientMetrics(Outcome, PixelOutcome, TextOutcome, RunHooks):
             :func:`lightning_gradmetrics.gradient_statistics`.
         sample_axis: The axis of the samples in the model's inputs, as in :func:`lightning_gradmetrics.score`: 1 for time
             first ``(T, N, D)``, or a mapping from arguments to axes, with ``None`` for an argument that all samples share.
-        prefix: The start of the names of the logged metrics.
+        prefix: The start of the names of the logged metrics; several callbacks of one Trainer need different ones.
         metrics: The metrics to log: any of ``"auroc"``, ``"fpr95"``, ``"aurc"``, ``"e_aurc"``, ``"augrc"``, ``"aupr"``
             and ``"aupr_in"``. These names cover every task except the joint one; a name such as ``"joint_auroc"`` or
             ``"ood_fpr95"`` selects one task. Every metric is logged in every epoch, as NaN where it is undefined.

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_gradmetrics.callback.sample_rows import SampleRows
@@ -69,6 +70,7 @@ class BatchReader:
         self.split = split
         self.pixels = pixels or Pixels()
         self.warn = warn
+        self._numbers: dict[str, set[int]] = {}  # the labels of each dataset with two classes
         self._bits = 0.0  # evidence, in bits, that the last batches were passed in a different order
 
     def read(self, batch: Any) -> ReadBatch:
@@ -166,8 +168,8 @@ class BatchReader:
             other = batch.copied.second_choice(size, classes, received)
             if other is not None:
                 self.warn(
-                    f"the {other} entry of the batches of the dataset {dataset!r} could be the labels too; the entry after the "
-                    f"inputs is used. To use another one {REMEDY}"
+                    f"the {other[0]} of the batches of the dataset {dataset!r} could be the labels too; the {other[1]} is used. To "
+                    f"use another one {REMEDY}"
                 )
         return labels
 
@@ -234,6 +236,25 @@ class BatchReader:
         if labels is None:
             return None
         return marked_labels(labels, classes, self.pixels.ignored, self.pixels.ood_labels)
+
+    def note_numbers(self, labels: Tensor, dataset: str) -> None:
+        """Record the label numbers of a batch of two classes.
+
+        Args:
+            labels: The labels ``(N,)``.
+            dataset: The name of the dataset.
+        """
+        self._numbers.setdefault(dataset, set()).update(map(int, torch.unique(labels)))
+
+    def warn_of_signs(self) -> None:
+        """Warn of datasets whose labels are -1 and 1 only: negative labels are unknown, but these may be two classes."""
+        for dataset, numbers in self._numbers.items():
+            if numbers == {-1, 1}:
+                self.warn_once(
+                    f"signs of {dataset}",
+                    f"the labels of the dataset {dataset!r} are -1 and 1. A negative label is an unknown one, so only samples of class "
+                    f"1 have a label. If -1 is a class, {REMEDY}, with the labels 0 and 1",
+                )
 
     def warn_once(self, key: str, text: str) -> None:
         """Warn once for each key."""

@@ -191,9 +191,10 @@ class Run:
         """Return the batch with its labels and its dataset."""
         dataset = self.stage.rows[place].dataset
         received: list[Tensor] = []
-        if seen.called is not None:
-            for call in seen.called[1]:
-                received += call.received
+        inputs: list[Tensor] = []
+        for call in () if seen.called is None else seen.called[1]:
+            received += call.received
+            inputs += call.received_inputs()
         if token_ids(batch) is not None:
             labels = None if read.copied is None else labels_of_call(batch)
             if labels is None:
@@ -205,10 +206,10 @@ class Run:
             raise ValueError(_other_positions(batch))
         labels = None
         if batch.logits.ndim == 4:
-            labels = self.reader.label_maps(read, rows.size, batch.logits.shape[1], received, dataset)
+            labels = self.reader.label_maps(read, rows.size, batch.logits.shape[1], inputs, dataset)
             batch = batch if labels is None else at_size(batch, tuple(labels.shape[1:]))
         if batch.logits.ndim == 2 and batch.logits.shape[1] > 1:
-            labels = self.reader.labels(read, rows.size, batch.logits.shape[1], received, dataset)
+            labels = self.reader.labels(read, rows.size, batch.logits.shape[1], inputs, dataset)
         labels = None if labels is None else rows.of(labels)
         if batch.logits.ndim == 2:
             labels = self._checked(labels, batch.logits.shape[1], place)
@@ -217,6 +218,8 @@ class Run:
     def _checked(self, labels: Tensor | None, classes: int, place: int) -> Tensor | None:
         """Return the labels; ``None`` for in-distribution data with a label outside the classes."""
         rows = self.stage.rows[place]
+        if labels is not None and classes == 2:
+            self.reader.note_numbers(labels, rows.dataset)
         if labels is None or not len(labels) or self.roles.get(rows.dataset, ID) != ID or int(labels.max()) < classes:
             return labels
         rows.forget_labels = True
@@ -252,6 +255,7 @@ class Run:
         self.stop()
         self.stage.settle()
         self.skipped.finish()
+        self.reader.warn_of_signs()
 
     def close(self) -> None:
         """Stop observing, and end the stage."""

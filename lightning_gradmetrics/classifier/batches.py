@@ -16,11 +16,11 @@ from lightning_gradmetrics.classifier.batch_copy import (
     Entry,
     copied,
     entry_of,
-    is_view,
     items_of,
     value_of,
 )
 from lightning_gradmetrics.classifier.forward import Inputs, tensors_in
+from lightning_gradmetrics.classifier.label_choice import are_classes, is_received, ordinal, second_choice
 from lightning_gradmetrics.classifier.labels import class_numbers, described, is_like_labels, map_numbers
 from lightning_gradmetrics.classifier.row_order import some_entries
 
@@ -180,7 +180,7 @@ class BatchCopy:
 
     def holds(self, received: Sequence[Tensor]) -> bool:
         """Return whether one of the tensors that the model received is a tensor of the batch."""
-        return _Search(0, None, received).is_input(self._entries)
+        return is_received(self._entries, received)
 
     def changed(self, received: Sequence[Tensor], copies: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Return some entries of the tensors that were changed in place before the call, as received and as in the batch.
@@ -203,21 +203,9 @@ class BatchCopy:
                 before.append(original)
         return after, before
 
-    def second_choice(self, size: int, classes: int | None, received: Sequence[Tensor]) -> str | None:
-        """Return the position in words of another entry that could be the labels ``(N,)``; ``None`` if there is none."""
-        if not isinstance(self._entries, list):
-            return None
-        last = None
-        for position, entry in enumerate(self._entries):
-            if _is_received(entry, received):
-                last = position
-        if last is None:
-            return None
-        for position in range(last + 2, len(self._entries)):
-            value = value_of(self._entries[position])
-            if is_like_labels(value) and _are_classes(value, size, classes):
-                return _ordinal(position)
-        return None
+    def second_choice(self, size: int, classes: int, received: Sequence[Tensor]) -> tuple[str, str] | None:
+        """Return the entry that could be the labels too and the one that is used, in words; ``None`` if only one could."""
+        return second_choice(self._entries, size, classes, received)
 
     def labels(
         self, size: int, classes: int | None, received: Sequence[Tensor], read: Converter = class_numbers
@@ -254,9 +242,7 @@ class _Search:
 
     def is_input(self, entry: Any) -> bool:
         """Return whether the model received a tensor of this entry."""
-        if isinstance(entry, Entry):
-            return any(is_view(tensor, entry.given) for tensor in self.received)
-        return any(self.is_input(item) for item in items_of(entry))
+        return is_received(entry, self.received)
 
 
 def _tensors(entry: Any) -> Iterator[Tensor]:
@@ -327,7 +313,7 @@ def _labels_in_sequence(entries: list[Any], search: _Search, where: str) -> Tens
     start = _position_of_labels(entries, inputs)
     if start >= len(entries):
         return _labels_before(entries, inputs, search, where)
-    number = _ordinal(start)
+    number = ordinal(start)
     if isinstance(entries[start], dict) and _label_key(entries[start]) is not None:
         return _labels(entries[start], search, f"the {number} entry of {where}")
     try:
@@ -338,20 +324,6 @@ def _labels_in_sequence(entries: list[Any], search: _Search, where: str) -> Tens
         if labels is None:
             raise
         return labels
-
-
-def _ordinal(position: int) -> str:
-    return ("first", "second", "third", "fourth")[position] if position < 4 else f"{position + 1}th"
-
-
-def _is_received(entry: Any, received: Sequence[Tensor]) -> bool:
-    return _Search(0, None, received).is_input(entry)
-
-
-def _are_classes(value: Tensor, size: int, classes: int | None) -> bool:
-    """Return whether every number is one of the classes."""
-    numbers = class_numbers(value, size, classes)
-    return numbers is not None and classes is not None and bool(((numbers >= 0) & (numbers < classes)).all())
 
 
 def _position_of_labels(entries: list[Any], inputs: list[int]) -> int:
@@ -385,7 +357,7 @@ def _labels_of_flat_text(entries: list[Any], inputs: list[int], search: _Search)
         return None
     is_rising = bool((offsets.diff() >= 0).all()) and int(offsets[0]) == 0 and int(offsets[-1]) <= len(text)
     is_index = len(first) > 2 and bool((first.diff() == 1).all())
-    if not is_rising or is_index or not _are_classes(first, search.size, search.classes):
+    if not is_rising or is_index or not are_classes(first, search.size, search.classes):
         return None
     return search.read(first, search.size, search.classes)
 

@@ -59,6 +59,7 @@ class LayerCall:
         output: A copy of its output if that is ``(N, C)``, or ``(1, C)`` of a vector; otherwise ``None``.
         input_shape: The shape of its input, or ``None`` if that is not a tensor.
         output_shape: The shape of its output, or ``None`` if that is not a tensor.
+        is_inside: Whether it is part of a call of the whole model.
     """
 
     name: str
@@ -66,6 +67,7 @@ class LayerCall:
     output: Tensor | None
     input_shape: tuple[int, ...] | None
     output_shape: tuple[int, ...] | None
+    is_inside: bool = False
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
@@ -104,7 +106,8 @@ def _layers(model: nn.Module) -> str:
 def find_head(model: nn.Module, calls: Sequence[LayerCall], logits: Tensor) -> str:
     """Return the name of the layer whose output is the model's logits.
 
-    A layer that wraps a linear layer and adds to its output, such as LoRA, is preferred to the layer inside it.
+    A layer that wraps a linear layer and adds to its output, such as LoRA, is preferred to the layer inside it. A layer that
+    the model calls is preferred to one that the step calls directly, such as that of a teacher with the same weights.
 
     Args:
         model: The model.
@@ -115,7 +118,9 @@ def find_head(model: nn.Module, calls: Sequence[LayerCall], logits: Tensor) -> s
         HeadNotFoundError: If there is no such layer, or more than one.
     """
     equal = [call for call in calls if _returns(call, logits)]
-    names = _linear_names(model, equal) or _wrapper_names(model, equal, calls) or _custom_names(model, equal, logits)
+    names = _names(model, equal, calls, logits)
+    if len(names) > 1:
+        names = _names(model, [call for call in equal if call.is_inside], calls, logits) or names
     if len(names) > 1:
         raise HeadNotFoundError(
             f"several layers of {type(model).__name__} return its logits: {', '.join(names)}. Pass one of them "
@@ -124,6 +129,11 @@ def find_head(model: nn.Module, calls: Sequence[LayerCall], logits: Tensor) -> s
     if not names:
         raise HeadNotFoundError(_not_found(model, calls, logits))
     return names[0]
+
+
+def _names(model: nn.Module, equal: Sequence[LayerCall], calls: Sequence[LayerCall], logits: Tensor) -> list[str]:
+    """Return the layers among those whose output is the logits that may be the head."""
+    return _linear_names(model, equal) or _wrapper_names(model, equal, calls) or _custom_names(model, equal, logits)
 
 
 def _returns(call: LayerCall, logits: Tensor) -> bool:

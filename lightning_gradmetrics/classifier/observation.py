@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_gradmetrics.classifier.forward import Inputs, as_rows, map_tensors
+from lightning_gradmetrics.classifier.forward import Inputs, as_rows, map_tensors, tensors_in
 from lightning_gradmetrics.classifier.head import LayerCall
+from lightning_gradmetrics.classifier.label_choice import LABEL_ARGUMENTS
 
 __all__ = [
     "ModelCall",
@@ -41,6 +42,23 @@ class ModelCall:
     received: Sequence[Tensor]
     logits: Tensor | None = None
     problem: Exception | None = None
+
+    def received_inputs(self) -> list[Tensor]:
+        """Return the received tensors without those that the step passed by a name of labels, for the model's own loss.
+
+        Example:
+            >>> x, y = torch.zeros(2, 3), torch.tensor([0, 1])
+            >>> ModelCall({0: x, "labels": y}, [x, y]).received_inputs()[0] is x
+            True
+        """
+        if not isinstance(self.inputs, Mapping):
+            return list(self.received)
+        tensors, remaining = iter(self.received), []
+        for name, value in self.inputs.items():
+            of_argument = [next(tensors) for _ in tensors_in(value)]
+            if name not in LABEL_ARGUMENTS:
+                remaining += of_argument
+        return remaining
 
 
 @dataclass
@@ -162,11 +180,11 @@ def observing(
             "module whose forward calls the scripted one"
         )
     observation, removals = Observation(), []
+    running: list[_RunningCall] = []
     try:
         for name, layer in layers.items():
             if _has_hooks(layer):
-                removals.append(_observe_layer(observation, name, layer))
-        running: list[_RunningCall] = []
+                removals.append(_observe_layer(observation, name, layer, running))
         for module in filter(_has_hooks, whole_modules(model) if whole is None else whole):
             observation.models[module] = []
             removals += _observe_model(observation, module, logits_fn, running)
@@ -181,25 +199,29 @@ def _has_hooks(module: nn.Module) -> bool:
     return not isinstance(module, torch.jit.RecursiveScriptModule)  # type: ignore[attr-defined]
 
 
-def _observe_layer(seen: Observation, name: str, layer: nn.Module) -> Callable[[], None]:
+def _observe_layer(
+    seen: Observation, name: str, layer: nn.Module, running: Sequence[_RunningCall]
+) -> Callable[[], None]:
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         layer_input = args[0] if args else next(iter(kwargs.values()), None)
         if seen.autocast is None:
             seen.note_autocast([layer_input])
-        seen.layers.append(_layer_call(name, layer_input, output))
+        seen.layers.append(_layer_call(name, layer_input, output, is_inside=bool(running)))
 
     return layer.register_forward_hook(after, with_kwargs=True).remove
 
 
-def _layer_call(name: str, given: Any, output: Any) -> LayerCall:
+def _layer_call(name: str, given: Any, output: Any, *, is_inside: bool) -> LayerCall:
     shapes: list[tuple[int, ...] | None] = []
     for value in (given, output):
         has_shape = isinstance(value, Tensor) and not value.is_nested  # torch's encoder layers may pass nested tensors
         shapes.append(tuple(value.shape) if has_shape else None)
     lengths = [len(shape) for shape in shapes if shape is not None]
+    of_input, of_output = shapes
     if lengths not in ([2, 2], [1, 1]):
-        return LayerCall(name, None, None, *shapes)
-    return LayerCall(name, as_rows(given.detach().clone()), as_rows(output.detach().clone()), *shapes)
+        return LayerCall(name, None, None, of_input, of_output, is_inside)
+    features, rows = as_rows(given.detach().clone()), as_rows(output.detach().clone())
+    return LayerCall(name, features, rows, of_input, of_output, is_inside)
 
 
 @dataclass(frozen=True)

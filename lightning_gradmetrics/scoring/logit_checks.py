@@ -16,7 +16,16 @@ from lightning_gradmetrics.gradients.objectives import IGNORED
 from lightning_gradmetrics.scoring.batch import ObservedBatch
 from lightning_gradmetrics.scoring.recipes import Score
 
-__all__ = ["OUTLIER", "VOID", "check_logits", "known_labels", "not_per_position", "two_columns", "with_two_columns"]
+__all__ = [
+    "OUTLIER",
+    "VOID",
+    "SingleLogits",
+    "check_logits",
+    "known_labels",
+    "not_per_position",
+    "two_columns",
+    "with_two_columns",
+]
 
 VOID = 255
 """The label of positions without a class in most segmentation datasets."""
@@ -29,6 +38,11 @@ LOOKED_AT = 4096
 
 FEW_ROWS = 8
 """With fewer rows, the logits of a model with one logit may all be between 0 and 1."""
+
+LIKE_SIGMOID = (
+    "the model's only logit is between 0 and 1 everywhere, as behind a sigmoid: if it is a probability, pass "
+    "logits_fn=torch.logit, or name the head, as in head='fc', so that its output is taken"
+)
 
 
 def two_columns(logits_fn: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
@@ -49,6 +63,32 @@ def with_two_columns(batch: ObservedBatch) -> ObservedBatch:
         bias = None if head.bias is None else torch.cat([torch.zeros_like(head.bias), head.bias])
         head = replace(head, weight=torch.cat([torch.zeros_like(head.weight), head.weight]), bias=bias)
     return replace(batch, logits=logits, head=head, one_logit=True)
+
+
+class SingleLogits:
+    """Warns once if the first batches of a model with one logit are small, and each logit is between 0 and 1.
+
+    Example:
+        >>> seen, z = SingleLogits(), torch.tensor([[0.0, 0.5], [0.0, 3.0]])
+        >>> seen.add(z)
+        >>> seen.is_decided
+        True
+    """
+
+    def __init__(self) -> None:
+        self.is_decided = False
+        self._rows = 0
+
+    def add(self, logits: Tensor) -> None:
+        """Read the logits ``(0, z)`` of a batch ``(N, 2)``; :func:`check_logits` reads those of large batches."""
+        if self.is_decided:
+            return
+        z = logits[:, 1]
+        self._rows += len(z)
+        is_like_sigmoid = bool(((z > 0) & (z < 1)).all())
+        self.is_decided = len(z) >= FEW_ROWS or not is_like_sigmoid or self._rows >= FEW_ROWS
+        if self.is_decided and is_like_sigmoid and len(z) < FEW_ROWS:
+            warnings.warn(LIKE_SIGMOID, stacklevel=3)
 
 
 def not_per_position(scores: Sequence[Score], shape: tuple[int, ...]) -> str:
@@ -165,11 +205,7 @@ def check_logits(logits: Tensor) -> None:
         and float(rows[:, 1].min()) > 0
         and largest < 1
     ):
-        warnings.warn(
-            "the model's only logit is between 0 and 1 everywhere, as behind a sigmoid: if it is a probability, pass "
-            "logits_fn=torch.logit, or name the head, as in head='fc', so that its output is taken",
-            stacklevel=3,
-        )
+        warnings.warn(LIKE_SIGMOID, stacklevel=3)
     if largest < 1e-4 and bool((rows.logsumexp(1).abs() < 1e-4).all()):
         warnings.warn(
             "the model seems to return log-probabilities; energy, max_logit and gradtrust need the raw logits: name the head, "

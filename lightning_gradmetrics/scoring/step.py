@@ -34,7 +34,7 @@ from lightning_gradmetrics.scoring.agreement import OTHER_LOGITS, check_same_log
 from lightning_gradmetrics.scoring.batch import ObservedBatch
 from lightning_gradmetrics.scoring.evidence import ObservableProbe, Probe
 from lightning_gradmetrics.scoring.fitted import fitted_scores
-from lightning_gradmetrics.scoring.logit_checks import check_logits, with_two_columns
+from lightning_gradmetrics.scoring.logit_checks import SingleLogits, check_logits, with_two_columns
 from lightning_gradmetrics.scoring.position_step import PositionReader
 from lightning_gradmetrics.scoring.scorer import Scorer
 from lightning_gradmetrics.scoring.single_row import SingleRowReader, is_one_sample
@@ -87,6 +87,7 @@ class StepObserver:
         self._probes = [] if has_compiled_parts(model) else scorer.needs(3).observable
         self._readers: dict[ObservableProbe, Callable[[int], Tensor | None]] = {}
         self._texts = TextReader(model, self._logits_of_texts)
+        self._single = SingleLogits()
 
     def _logits_of_texts(self, output: Any) -> Tensor:
         """Return the logits ``(N, V, T)`` in the model's output for texts; one text may lack its axis."""
@@ -148,7 +149,10 @@ class StepObserver:
             self._layers = {}
         elif self._name is not None and len(self._layers) > 1:
             self._layers = {self._name: named_layer(self.model, self._name)}
-        return with_two_columns(batch)
+        batch = with_two_columns(batch)
+        if batch.one_logit and batch.logits.ndim == 2:
+            self._single.add(batch.logits)
+        return batch
 
     def tokens(self, batch: ObservedBatch, labels: Tensor | None, others: Inputs | None = None) -> ObservedBatch:
         """Return a batch of texts with one row per scored token.

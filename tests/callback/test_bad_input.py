@@ -291,6 +291,55 @@ def test_two_entries_that_may_be_the_labels() -> None:
     assert sum("could be the labels too" in str(one.message) for one in heard) == 1
 
 
+@pytest.mark.parametrize("names", [("a", "label", "target"), ("a", "y", "category")])
+def test_two_entries_of_a_mapping_that_may_be_the_labels(names: tuple[str, ...]) -> None:
+    """A second entry with a name of labels, or one beside an entry ``y`` that the model receives as an input."""
+
+    class TakesBoth(Stepped):
+        def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+            return self.net(x)
+
+        def step(self, batch: Any) -> Any:
+            return self(batch["a"], batch.get("y"))
+
+    rows = [dict(zip(names, (x, y, 2 - y), strict=True)) for x, y in zip(X, Y, strict=True)]
+    callback = lgm.GradientMetrics("energy")
+    words = rf"entry '{names[2]}'.*could be the labels too; the entry '{names[1]}' is used.*split_batch="
+    with pytest.warns(UserWarning, match=words):
+        test_run(callback, TakesBoth(mlp(5, 8, 3)), DataLoader(rows, 4))
+    assert callback.results["label"].to_pylist() == Y.tolist()
+
+
+def test_labels_that_the_model_receives_by_name_are_no_inputs() -> None:
+    class WithLoss(Stepped):
+        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            logits = self.net(x)
+            return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+        def step(self, batch: Any) -> Any:
+            return self(batch[0], labels=batch[1])
+
+    callback = lgm.GradientMetrics("energy")
+    test_run(callback, WithLoss(mlp(5, 8, 3)), batches(X, Y))
+    assert callback.results["label"].to_pylist() == Y.tolist()
+
+
+def test_labels_of_minus_one_and_one_cause_a_warning() -> None:
+    """Negative labels are unknown, and a dataset may have some; these leave one class without a label."""
+    module, signs = Stepped(mlp(5, 8, 1)), 2 * (torch.arange(8) % 2) - 1
+    with pytest.warns(UserWarning, match=r"are -1 and 1.*If -1 is a class, pass split_batch="):
+        test_run(lgm.GradientMetrics("energy"), module, batches(X, signs))
+    test_run(lgm.GradientMetrics("energy"), module, batches(X, torch.tensor([-1, 0, 1, 1, 0, 1, 0, 1])))
+
+
+def test_probabilities_of_one_class_are_found_in_small_batches() -> None:
+    """A batch of four says little: all logits may be between 0 and 1."""
+    net = nn.Sequential(*mlp(5, 8, 1), nn.Sigmoid()).double()
+    with pytest.warns(UserWarning, match=r"only logit is between 0 and 1.*logits_fn=torch.logit"):
+        test_run(lgm.GradientMetrics("energy"), Stepped(net), batches(X, Y % 2))
+    test_run(lgm.GradientMetrics("energy"), Stepped(net), batches(X[:4], Y[:4] % 2))
+
+
 def test_an_entry_that_may_be_labels_is_named() -> None:
     rows = [{"a": x, "category": int(y)} for x, y in zip(X, Y, strict=True)]
     callback = lgm.GradientMetrics("energy")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -186,6 +187,25 @@ def test_prepared_inputs_of_called_parts() -> None:
     assert_scores(callback, nn.Sequential(module.net, nn.Tanh(), module.classifier), x + 1, LOGIT_AND_HEAD)
     with pytest.raises(ValueError, match=r"different logits .*submodule="):
         test_run(lgm.GradientMetrics("pseudo_label(target=all)"), module, data)
+
+
+class WithCopy(Stepped):
+    """The step also calls a copy of the network, which returns equal logits in the first batch."""
+
+    def __init__(self) -> None:
+        super().__init__(mlp(5, 8, 3))
+        self.copied, self.number = copy.deepcopy(self.net), 0
+
+    def step(self, batch: Any) -> Any:
+        self.number += 1
+        return self.copied(self.number * batch[0]), self(batch[0])
+
+
+def test_the_head_is_the_models_and_not_that_of_a_copy_that_the_step_calls() -> None:
+    x, module = numbers(8, 5), WithCopy()
+    callback = lgm.GradientMetrics(LOGIT_AND_HEAD)
+    test_run(callback, module, batches(x, torch.arange(8) % 3))
+    assert_scores(callback, module.net, x, LOGIT_AND_HEAD)
 
 
 class StudentAndTeacher(Stepped):
