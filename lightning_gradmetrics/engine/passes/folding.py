@@ -24,6 +24,7 @@ from torch._ops import OpOverload
 from torch.overrides import _get_current_function_mode_stack
 
 from lightning_gradmetrics.engine.passes.plan import Fold, Plan, PlanError, Source, Step
+from lightning_gradmetrics.engine.passes.shuffles import STRIDED, shuffled_images, shuffles_channels
 from lightning_gradmetrics.engine.passes.tracer import Sink, Tracer
 from lightning_gradmetrics.engine.rules import RULES, Call, Rule, bind
 from lightning_gradmetrics.engine.rules.convolution import scaling_pays, weight_dominates
@@ -113,7 +114,7 @@ def find_folds(plan: Plan, trace: CallTrace, operations: DependenceTrace, task: 
 
 
 def can_lay_out(plan: Plan, trace: CallTrace, operations: DependenceTrace) -> bool:
-    """Return whether images may be laid out channels last on a CPU although the model has group norms.
+    """Return whether images may be laid out channels last on a CPU although the model has group norms, or shuffles channels.
 
     Torch computes the variance of a group norm as ``E[x^2] - E[x]^2`` in that layout, so all of them must have rules.
 
@@ -131,8 +132,9 @@ def can_lay_out(plan: Plan, trace: CallTrace, operations: DependenceTrace) -> bo
             x = (bind(RULES[step.function], call.args, call.kwargs) or {})["input"]
             norms += x.is_cpu and x.is_contiguous() and all(isinstance(source, str) for source in step.sources)
     names = [operation.name for operation in operations.operations]
-    reads_strides = "as_strided" in names
-    return 0 < norms == names.count("native_group_norm") and convolutions > 0 and not reads_strides
+    if convolutions == 0 or norms != names.count("native_group_norm") or "as_strided" in names:
+        return False
+    return norms > 0 or shuffles_channels(trace)
 
 
 def _is_step_of(step: Step, *functions: Any) -> bool:
@@ -263,7 +265,10 @@ class FoldingTracer(Tracer):
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         uses = sources_in(self._folded, args, kwargs) if self._folded else ()
         if not uses:
-            return super()._run(func, args, kwargs)
+            if self.plan.lays_out and func in STRIDED:
+                self._refuse()
+            shuffled = shuffled_images(func, args, kwargs) if self.plan.lays_out else None
+            return super()._run(func, args, kwargs) if shuffled is None else shuffled
         if func is F.batch_norm and self._opens(func):
             return self._inside(func, args, kwargs)
         if func is torch.batch_norm and len(uses) == 1:

@@ -17,6 +17,7 @@ from lightning_gradmetrics.engine.passes.known_calls import KnownCall, KnownPath
 from lightning_gradmetrics.engine.passes.known_path import DirectPass
 from lightning_gradmetrics.engine.passes.path_check import PathChanged
 from lightning_gradmetrics.engine.passes.plan import PlanError
+from lightning_gradmetrics.engine.passes.shuffles import shuffled_images
 from lightning_gradmetrics.engine.passes.tracer import Sink
 from lightning_gradmetrics.engine.rules import RULES, Call, bind
 from lightning_gradmetrics.engine.rules.folded import run_folded
@@ -56,7 +57,8 @@ class LargePass(DirectPass):
         elif known.in_place is not None:
             result = self._in_place(known, values, known.in_place)
         else:
-            result = super()._run(known, values, args, kwargs)
+            shuffled = shuffled_images(known.function, args, kwargs) if self._path.lays_out else None
+            result = super()._run(known, values, args, kwargs) if shuffled is None else shuffled
         return self._hide(result) if known.is_hidden else result
 
     def _in_place(self, known: KnownCall, values: Sequence[Any], place: int) -> Tensor:

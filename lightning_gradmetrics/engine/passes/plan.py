@@ -108,7 +108,8 @@ class Plan:
         calls: For each step, the number of its call in the trace with three samples.
         folds: The batch norms that can be folded into convolutions, by the numbers of the convolutions' steps.
         selects: Whether the model reads several entries of one tensor along its first axis.
-        lays_out: Whether images can be laid out channels last from the first convolution on, although there are group norms.
+        lays_out: Whether images can be laid out channels last from the first convolution on, although there are group norms or
+            shuffles of channels.
         masks: For each mask that selects rows, in order, how many entries of each sample it marks; ``None`` if it is the same for
             all batches.
         sorts: For each product of groups of sorted rows, in order, the number of the sort; only a proof shows this order.
