@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_gradmetrics.classifier.labels import described
 from lightning_gradmetrics.results.table import RESERVED
 from lightning_gradmetrics.scores.geometry import ClassCosines
 from lightning_gradmetrics.scoring.evidence import Evidence
 
-__all__ = ["Columns", "SampleIds", "check_columns", "check_sample_id", "sample_ids"]
+__all__ = ["Columns", "SampleIds", "check_columns", "check_sample_id", "column_values", "sample_ids"]
 
 Columns = Mapping[str, Callable[[Evidence], Tensor]]
 SampleIds = Callable[[Any], Sequence[Any]]
@@ -54,6 +55,28 @@ def check_columns(value: Any, taken: Sequence[str]) -> Columns:
             raise ValueError(f"columns= names {name!r}, which is already a column of the results: rename it")
         columns[name] = function
     return columns
+
+
+def column_values(columns: Columns, evidence: Evidence) -> dict[str, Tensor]:
+    """Return the values ``(N, ...)`` of further columns for a batch, by name.
+
+    Args:
+        columns: The functions of the columns.
+        evidence: The evidence of the batch.
+
+    Raises:
+        ValueError: If a function does not return one entry per sample.
+    """
+    size, values = len(evidence.logits), {}
+    for name, function in columns.items():
+        value = function(evidence)
+        if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != size:
+            raise ValueError(
+                f"the function of the column {name!r} returned {described(value)} for a batch of {size} samples; expected a "
+                f"tensor (N, ...) with one entry per sample, here ({size}, ...)"
+            )
+        values[name] = value
+    return values
 
 
 def check_sample_id(value: Any) -> SampleIds | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_gradmetrics.callback.columns import Columns
+from lightning_gradmetrics.callback.columns import Columns, column_values
 from lightning_gradmetrics.callback.processes import Processes
 from lightning_gradmetrics.callback.small_batches import SmallBatches, are_separable
 from lightning_gradmetrics.callback.units import row_values
@@ -85,9 +85,7 @@ class ScoreStage:
     def _score(self, rows: Rows, batch: ObservedBatch, evidence: Evidence, index: Tensor, ids: Sequence[str]) -> None:
         pixels = Pixels() if self.pixels is None else self.pixels.settings
         values = row_values(self.scorer, batch, evidence, pixels, list(self.columns))
-        vectors = {}
-        for name, function in self.columns.items():
-            vectors[name] = function(evidence)
+        vectors = column_values(self.columns, evidence)
         columns = rows.add(
             index, batch.inputs, values.logits, values.labels, values.scores, vectors, ids, values.further
         )

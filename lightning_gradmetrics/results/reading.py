@@ -33,6 +33,9 @@ __all__ = [
     "without_labels",
 ]
 
+SAVED = "results.parquet"
+"""The rows of a finished run of the command, or of ``callback.save``, in one file."""
+
 SHOWN = 10
 """Largest number of rows that an error message names."""
 
@@ -50,7 +53,8 @@ def read_results(directory: str | Path, *, incomplete: bool = False, columns: Se
     """Read the results of a run as one table, ordered by dataset and index.
 
     Args:
-        directory: A results directory that a run wrote (``output=``).
+        directory: A results directory that a run wrote (``output=``), or the run directory of the command or of
+            ``callback.save``.
         incomplete: Whether to accept the results of an interrupted run. Repeated rows are always refused.
         columns: The columns to read in addition to ``dataset`` and ``index``; by default all.
 
@@ -111,7 +115,13 @@ def stored_parts(directory: str | Path, incomplete: bool = False) -> StoredParts
     parts = sorted(directory.glob(PART))
     manifest = directory / MANIFEST
     if not parts and not manifest.exists():
-        raise FileNotFoundError(f"{directory} contains no results; expected the directory that was passed as output=")
+        saved = directory / SAVED
+        if not saved.is_file():
+            raise FileNotFoundError(
+                f"{directory} contains no results; expected the directory that was passed as output=, or the run directory of the "
+                "command or of callback.save"
+            )
+        return StoredParts([saved], _undamaged(saved, pq.read_metadata).num_rows, {})
     rows = {part.name: _undamaged(part, pq.read_metadata).num_rows for part in parts}
     total = sum(rows.values())
     if manifest.exists():

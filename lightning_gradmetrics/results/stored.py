@@ -19,7 +19,7 @@ class StoredResults:
     """The results of a run in a directory.
 
     Args:
-        directory: A results directory that a run wrote (``output=``).
+        directory: A results directory, as :func:`~lightning_gradmetrics.results.reading.read_results` reads it.
 
     Attributes:
         rows: The number of rows.

@@ -396,6 +396,15 @@ def test_columns_of_text_are_refused_by_evaluate(name: str) -> None:
         lgm.evaluation.evaluate(table, ["energy"], {"a": "id"})
 
 
+@pytest.mark.parametrize("function", [lambda evidence: evidence.logits.mean(0), lambda evidence: [1, 2, 3, 4]])
+def test_a_column_without_one_entry_per_sample_is_refused(function: Callable[[Any], Any]) -> None:
+    callback = lgm.GradientMetrics("energy", columns={"mine": function})
+    with pytest.raises(
+        ValueError, match=r"column 'mine' returned a .* for a batch of 4 samples; expected .*\(4, ...\)"
+    ):
+        test_run(callback, Stepped(mlp(5, 8, 3)), batches(X, Y))
+
+
 def test_scored_rows_are_kept_when_a_batch_is_refused() -> None:
     class Fails(Stepped):
         def test_step(self, batch: Any, batch_idx: int) -> Any:

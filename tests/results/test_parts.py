@@ -15,6 +15,7 @@ import pytest
 
 from lightning_gradmetrics.results.parts import ResultsWriter, ResumeError
 from lightning_gradmetrics.results.reading import IncompleteResultsError, committed_rows, read_results
+from lightning_gradmetrics.results.stored import StoredResults
 
 RUN = {"scores": ["entropy"], "model": "abc"}
 
@@ -129,6 +130,14 @@ def test_two_writers_cannot_share_a_directory(tmp_path: Path) -> None:
 def test_an_empty_directory_has_no_results(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="contains no results"):
         read_results(tmp_path)
+
+
+def test_the_file_of_a_finished_run_is_read(tmp_path: Path) -> None:
+    """The command and ``callback.save`` write one file; reading it and evaluating its directory need no other name."""
+    rows = {"dataset": ["val", "val", "far"], "index": [0, 1, 0], "entropy": [0.2, 0.4, 0.9], "finite": [True] * 3}
+    pq.write_table(pa.table(rows), tmp_path / "results.parquet")
+    assert read_results(tmp_path).equals(pa.table(rows))
+    assert StoredResults(tmp_path).rows == 3
 
 
 KILLED = """
