@@ -118,6 +118,7 @@ class _PlannedBatch:
         recorder = strategy.recorder(self.fast, checks.here)
         rows = RowSums(self.table.task) if self._has_new_rows() else None
         times, calls = self._run(notes, recorder, rows)
+        checks.compare_backward(calls)
         verified = strategy.times.get(checks.here, {})
         if calls.number not in verified:
             self._compare_new_calls(calls, notes, rows)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from lightning_gradmetrics.engine.checks.backward_check import covers_backward
 from lightning_gradmetrics.engine.checks.guards import (
     check_alone,
     check_copies,
@@ -110,7 +111,7 @@ class BatchChecks:
         _, is_known = self.strategy.times.get(self.here, {}).get(outline.number, ((), False))
         if is_known:
             return True
-        if runs_custom_code(logits):
+        if record.backward is None and runs_custom_code(logits):
             return False
         if shapes in record.units:
             return record.covers(outline, size, shapes)
@@ -120,6 +121,27 @@ class BatchChecks:
             return True
         alone = check_new_shapes(self.task, logits, readers, self.state, self.strategy.quiet)
         return alone is not None and record.learn(outline, size, alone, shapes)
+
+    def compare_backward(self, outline: Outline) -> None:
+        """Check the batch without the proof if custom autograd functions do something else in its backward passes than in the proof.
+
+        Later batches are checked without it too. Another value that Python reads from one sample alone may change its backward pass.
+
+        Args:
+            outline: The forward pass of the batch.
+
+        Raises:
+            CoupledSamplesError: If samples depend on each other.
+            PlanError: If the plan is unverified.
+        """
+        record = self.strategy.sizes
+        if not self.is_covered or record is None or record.backward is None:
+            return
+        if not self.readers and covers_backward(record.backward, outline, self.task, self.state):
+            return
+        self._require_verified()
+        self.is_covered, self.strategy.sizes, self.hides_gradients = False, None, True
+        self._check_unproven(self.logits[-1], outline)
 
     def compare_paths(self, outline: Outline, alone: Outline) -> None:
         """Check the batch without the proof if one sample alone takes another path through the model, or has other sizes.

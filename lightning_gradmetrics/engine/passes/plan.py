@@ -115,6 +115,7 @@ class Plan:
         sorts: For each product of groups of sorted rows, in order, the number of the sort; only a proof shows this order.
         normalises_images: Whether a batch norm gets an input with more axes than samples, channels and one of positions.
         normalises_instances: Whether there are instance norms.
+        follows_backward: Whether the proof compares the calls of custom autograd functions in each backward pass.
     """
 
     steps: tuple[Step, ...]
@@ -130,6 +131,7 @@ class Plan:
     sorts: tuple[int, ...] = ()
     normalises_images: bool = True
     normalises_instances: bool = True
+    follows_backward: bool = False
 
     def repairs_norms(self, size: int) -> bool:
         """Return whether torch may compute wrong gradients of norms in a batch of this size."""

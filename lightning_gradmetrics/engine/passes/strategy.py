@@ -26,6 +26,7 @@ from lightning_gradmetrics.engine.passes.row_sums import RowSums
 from lightning_gradmetrics.engine.passes.selects import SelectsRefused, joined_selects
 from lightning_gradmetrics.engine.passes.tracer import Tracer
 from lightning_gradmetrics.engine.task import Task
+from lightning_gradmetrics.engine.tracing.backward_calls import recorded_backward
 from lightning_gradmetrics.engine.tracing.graph import reached_parameters
 from lightning_gradmetrics.engine.tracing.outline import Outline
 from lightning_gradmetrics.engine.tracing.size_record import SizeRecord
@@ -135,7 +136,7 @@ class Strategy:
             return None
         if any(read.by_samples for read in self.plan.reads) or self.plan.sorts:
             return None
-        if self.random or self.quiet or bool(self.slow) or task.memory is not None:
+        if self.random or self.quiet or self.plan.follows_backward or bool(self.slow) or task.memory is not None:
             return None
         if len(verified) > 1 and here not in self.pauses:
             self.drop_path(here)
@@ -258,6 +259,8 @@ def collect_fast(
         tracer = Tracer(plan, plan.known_parameters(task.model, task.parameters), task.size, sink, free)
     tracer.recorder = recorder
     tracer.notes, tracer.rows, tracer.outline.leaves = notes, rows, task.leaves()
+    if plan is not None and plan.follows_backward:
+        tracer.outline.places = {}
     if isinstance(tracer, FoldingTracer):
         logits = tracer.forward(task)
     elif notes is None or not notes.finds_uses:
@@ -269,8 +272,11 @@ def collect_fast(
     tracer.require_masks()
     if recorder is not None:
         recorder.end(tracer.outline, logits)
-    checks(logits, tracer)
-    _collect_gradients(table, task, tracer, logits)
+    try:
+        checks(logits, tracer)
+        _collect_gradients(table, task, tracer, logits)
+    finally:
+        tracer.outline.places = None  # hooks of the graph refer to the outline
     return tuple(tracer.times), tracer.outline
 
 
@@ -317,12 +323,13 @@ def _collect_gradients(
 ) -> None:
     """Fill a table by one backward pass per objective; if ``merged``, only with moments over all parameters."""
     scaled = [task.unit_gradient(index, logits) for index in range(len(table.task.objectives))]
-    rows = tracer.rows if isinstance(tracer, Tracer) else None
+    rows, outline = (tracer.rows, tracer.outline) if isinstance(tracer, Tracer) else (None, None)
     for index, (gradient, undo) in enumerate(scaled):
         table.begin(index, undo)
         if rows is not None:
             rows.begin(index, undo)
-        tracer.collect(logits, gradient, last=index == len(scaled) - 1)
+        with nullcontext() if outline is None or outline.places is None else recorded_backward(outline, logits):
+            tracer.collect(logits, gradient, last=index == len(scaled) - 1)
     table.finish(merged)
     if rows is not None:
         rows.finish()

@@ -17,7 +17,8 @@ from lightning_gradmetrics.engine.kernels.operators import traced_operators
 from lightning_gradmetrics.engine.passes.folding import can_lay_out, find_folds
 from lightning_gradmetrics.engine.passes.plan import Plan, PlanError
 from lightning_gradmetrics.engine.passes.selects import has_repeated_selects
-from lightning_gradmetrics.engine.planning.backward_code import MAY_COMBINE, may_combine_samples
+from lightning_gradmetrics.engine.planning.backward_code import MAY_COMBINE
+from lightning_gradmetrics.engine.planning.backward_proof import backward_findings
 from lightning_gradmetrics.engine.planning.findings import Traced, findings_of, without_proof
 from lightning_gradmetrics.engine.planning.planned_sorts import has_groups, planned_sorts
 from lightning_gradmetrics.engine.planning.planned_values import planned_reads
@@ -26,12 +27,7 @@ from lightning_gradmetrics.engine.planning.step_layouts import Changes
 from lightning_gradmetrics.engine.planning.steps import make_plan
 from lightning_gradmetrics.engine.refusals import coupled_model, not_reproducible
 from lightning_gradmetrics.engine.task import Task
-from lightning_gradmetrics.engine.tracing.dependence import (
-    DependenceTrace,
-    Operation,
-    reads_activations,
-    uses_totals,
-)
+from lightning_gradmetrics.engine.tracing.dependence import DependenceTrace, Operation, reads_activations, uses_totals
 from lightning_gradmetrics.engine.tracing.graph import runs_custom_code
 from lightning_gradmetrics.engine.tracing.host_reads import PlannedRead
 from lightning_gradmetrics.engine.tracing.layouts import Layout
@@ -119,10 +115,13 @@ def probe_model(task: Task) -> Probe:
     if found.selection:
         raise coupled_model(f"{found.selection!r} of the samples in {type(task.model).__name__}")
     reason, layouts, masks = found.reason, found.layouts, found.masks
-    sizes = None
-    if layouts is not None and not runs_custom_code(logits):
-        sizes = size_record(outline_of_two, outline_of_three, input_shapes(three.inputs, three.per_sample))
     reads = planned_reads(small, large, many, layouts or {})
+    sizes, combines = None, False
+    if layouts is not None:
+        sizes = size_record(outline_of_two, outline_of_three, input_shapes(three.inputs, three.per_sample))
+    if runs_custom_code(logits):
+        combines, backward = (False, None) if random else backward_findings(two, traced, found.operations, three)
+        sizes = None if sizes is None or backward is None else replace(sizes, backward=backward)
     plan: Plan | None = None
     changes: Changes = ()
     meeting -= (sorts or {}).keys()
@@ -145,13 +144,15 @@ def probe_model(task: Task) -> Probe:
         lays_out = sizes is not None and not random and can_lay_out(plan, large, many)
         selects = has_repeated_selects(large)
         plan = replace(plan, reads=reads, masks=masks, folds=folds, lays_out=lays_out, selects=selects)
-        plan = replace(plan, normalises_images=any(map(_normalises_images, many.operations)))
+        follows = sizes is not None and sizes.backward is not None
+        images = any(map(_normalises_images, many.operations))
+        plan = replace(plan, follows_backward=follows, normalises_images=images)
         plan = replace(plan, normalises_instances=any(is_instance_norm(call.function) for call in large.calls))
     activations = found.reads_inside or reads_activations(many.operations)
     alone = "a number computed from all samples enters the forward pass" if uses_totals(found.operations[1]) else ""
     if outline_of_three.has_hooks:
         alone = HOOKS
-    elif not random and may_combine_samples(two, traced, list(three.parameters.values())):
+    elif combines:
         alone = MAY_COMBINE
     parts, size = parts_of_batch(task, two.logits, logits), large.bytes() // 3 + 1
     seen = activations, alone, layouts is not None, found.mixes, reads, sizes, random, large.pauses_gradients
@@ -200,6 +201,7 @@ def _traced(task: Task, state: ForwardState, whole: frozenset[Any]) -> Traced:
     state.restore()
     samples = [t for t, flag in zip(tensors_in(task.inputs), task.per_sample, strict=True) if flag]
     recording = Recording(Outline(task.leaves()))
+    recording.outline.places = {}
     dependence = DependenceTrace(samples, task.all_parameters, recording)
     trace = CallTrace(task.parameters, on_read=dependence.note_read)
     trace.whole = whole

@@ -28,7 +28,7 @@ from lightning_gradmetrics.engine.planning.row_orders import RowOrders
 from lightning_gradmetrics.engine.tracing.dependence import SAMPLES, Operation, finds_one_value
 from lightning_gradmetrics.engine.tracing.layouts import Layout, RegroupedError, UnprovenError
 
-__all__ = ["Proof", "proof_of"]
+__all__ = ["Follower", "Proof", "proof_of"]
 
 
 class Proof(NamedTuple):
@@ -59,8 +59,8 @@ def proof_of(two: Sequence[Operation], three: Sequence[Operation], inputs: Seque
         inputs: The serial numbers of the tensors with samples, in ``three``.
         logits: The serial number of the logits, in ``three``.
     """
-    facts = Facts(dict.fromkeys(inputs, Samples(Layout(0))))
-    follower = _Follower(facts, Constants(facts), RowOrders(facts))
+    follower = Follower.from_inputs(inputs)
+    facts = follower.facts
     try:
         for small, large in zip(two, three, strict=True):
             follower.add(small, large)
@@ -106,7 +106,7 @@ _SHAPE_ARGUMENTS = frozenset(["size", "shape", "sizes", "split_sizes", "repeats"
 
 
 @dataclass
-class _Follower:
+class Follower:
     """Follows the samples through the operations of a forward pass.
 
     Args:
@@ -118,6 +118,16 @@ class _Follower:
     facts: Facts
     constants: Constants
     orders: RowOrders
+
+    @classmethod
+    def from_inputs(cls, inputs: Sequence[int]) -> Follower:
+        """Return a follower at the begin of a forward pass.
+
+        Args:
+            inputs: The serial numbers of the tensors with samples.
+        """
+        facts = Facts(dict.fromkeys(inputs, Samples(Layout(0))))
+        return cls(facts, Constants(facts), RowOrders(facts))
 
     def add(self, small: Operation, large: Operation) -> None:
         """Follow the samples through one operation.

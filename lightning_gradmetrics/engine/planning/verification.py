@@ -185,7 +185,7 @@ def _is_plan_proven(probe: Probe) -> bool:
     Then no parameter is used outside of torch functions, and no custom function computes gradients.
     """
     plan = probe.plan
-    if plan is None or plan.uncovered or probe.sizes is None or probe.alone_because:
+    if plan is None or plan.uncovered or plan.follows_backward or probe.sizes is None or probe.alone_because:
         return False
     is_plain = not probe.random and not probe.pauses_gradients and not probe.reads_activations
     return is_plain and all(step.kind != "uncovered" for step in plan.steps)

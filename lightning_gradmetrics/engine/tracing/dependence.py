@@ -92,16 +92,17 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Attributes:
         hides_memory: Whether a tensor has no memory that its storage shows: sparse ones, subclasses with parts, zeros of forward mode.
         origins: Which tensors are results of the operations.
+        alive: All tensors of the operations, and their storages.
     """
 
     def __init__(
         self, samples: Iterable[Tensor], weights: Iterable[Tensor], recording: Recording | None = None
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._recording, self.hides_memory = recording, False
+        self.recording, self.hides_memory = recording, False
         self.operations: list[Operation] = []
         self._bits: dict[int, int] = {}
-        self._alive: list[Any] = []
+        self.alive: list[Any] = []
         self._serials: dict[int, int] = {}
         samples = list(samples)
         self.samples = list(map(self.serial, samples))
@@ -124,10 +125,10 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self.hides_memory |= not shows_memory(tensor)
                 except RuntimeError:  # it has no storage
                     self.hides_memory = True
-                    self._alive.append(tensor)
+                    self.alive.append(tensor)
                     keys.append(id(tensor))
                     continue
-                self._alive.append(storage)
+                self.alive.append(storage)
                 keys.append(storage._cdata)
         return tuple(keys)
 
@@ -138,9 +139,10 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def depends(self, value: Any) -> int:
         """Return the combined bits of all tensors in a nested value."""
-        return self._bits_of(self.memory_of(tensors_in(value)))
+        return self.bits_of(self.memory_of(tensors_in(value)))
 
-    def _bits_of(self, keys: Iterable[int]) -> int:
+    def bits_of(self, keys: Iterable[int]) -> int:
+        """Return the combined bits of some memory."""
         bits = 0
         for key in keys:
             bits |= self._bits.get(key, 0)
@@ -158,13 +160,13 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run one operation and record it."""
         kwargs = kwargs or {}
         schema = schema_of(func)
-        if self._recording is not None and self._recording.only_checks and schema.name in _CHECKING:
+        if self.recording is not None and self.recording.only_checks and schema.name in _CHECKING:
             return func(*args, **kwargs)
         arguments = schema.bind(args, kwargs)
         plain, tensors = _parted(arguments)
         memory, serials = self.memory_of(tensors), tuple(map(self.serial, tensors))
         self.origins.read(schema.name, serials, memory)
-        bits = self._bits_of(memory)
+        bits = self.bits_of(memory)
         if schema.is_random and arguments.get("dropout_p") != 0:
             bits |= SAMPLES
         shapes = _shapes(tensors)
@@ -195,7 +197,7 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             serials,
             tuple(map(self.serial, outputs)),
             schema.pointwise,
-            self._recording is not None and self._recording.depth == 0,
+            self.recording is not None and self.recording.depth == 0,
             memory,
             written,
             marks,
@@ -213,7 +215,7 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         serial = self._serials.get(id(tensor))
         if serial is None:
             serial = self._serials[id(tensor)] = len(self._serials)
-            self._alive.append(tensor)
+            self.alive.append(tensor)
         return serial
 
     def _choices(

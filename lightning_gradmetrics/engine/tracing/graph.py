@@ -19,6 +19,7 @@ __all__ = [
     "ends_of_group_norms",
     "gradients_at",
     "is_custom",
+    "is_of_user",
     "reached_parameters",
     "runs_custom_code",
     "runs_users_code",
@@ -169,10 +170,11 @@ def runs_custom_code(output: Tensor) -> bool:
 
 def runs_users_code(output: Tensor) -> bool:
     """Return whether its graph contains custom autograd functions of the user; torch's own, such as checkpoints, do not count."""
-    return any(map(_is_of_user, all_nodes(output)))
+    return any(map(is_of_user, all_nodes(output)))
 
 
-def _is_of_user(node: Any) -> bool:
+def is_of_user(node: Any) -> bool:
+    """Return whether a node runs a custom autograd function that is not of torch."""
     return is_custom(node) and not str(getattr(type(node)._forward_cls, "__module__", "")).startswith("torch.")
 
 

@@ -69,6 +69,8 @@ class Outline:
             which may change gradients.
         reads: How often Python reads values of a tensor.
         stores_through_hooks: Whether hooks decide what autograd stores, as in a checkpoint.
+        places: For each place in the graph the tensor there; ``None`` if the places are not noted.
+        backward: The calls of custom autograd functions in each backward pass, if places are noted.
     """
 
     def __init__(self, leaves: dict[int, tuple[str, int, int]] | None = None) -> None:
@@ -76,11 +78,13 @@ class Outline:
         self.has_hooks = self.stores_through_hooks = False
         self.reads = 0
         self.leaves = leaves or {}
+        self.places: dict[tuple[Any, int], Hashable] | None = None
+        self.backward: list[Outline] = []
         self._calls: list[Any] = []
         self._axes: list[int] = []
         self._hashed: tuple[int, int] | None = None
         self._values: list[Any] = []
-        self._made: dict[int, tuple[ReferenceType[Tensor], int, int]] = {}
+        self._made: dict[int, tuple[ReferenceType[Tensor], Hashable, int]] = {}
         self._count = 0
 
     @property
@@ -146,6 +150,16 @@ class Outline:
             calls.append(output.dtype)
             self._axes.append(len(shape))
             self.sizes += shape
+        if self.places is not None:
+            self._note_places((*values, *outputs))
+
+    def _note_places(self, values: Any) -> None:
+        """Note where tensors are in the graph. The results of a custom function have no place before it ends, but in their first use."""
+        assert self.places is not None
+        for tensor in tensors_in(values):
+            node = tensor.grad_fn
+            if node is not None:
+                self.places.setdefault((node, tensor.output_nr), self.origin(tensor))
 
     def add_leaf(self, leaf: Tensor, parameter: Tensor) -> None:
         """Note that a pass uses another tensor in place of a parameter."""
@@ -156,6 +170,8 @@ class Outline:
     def end(self, logits: Tensor) -> Outline:
         """Add which tensor the logits are: a dispatcher operator, which is not recorded, may have made or changed them."""
         origin, calls = self.origin(logits), self._calls
+        if self.places is not None:
+            self._note_places(logits)
         if origin == self._count and len(calls) > _ADDED_AXIS and calls[-_ADDED_AXIS] is torch.atleast_2d:
             # as_rows has added the sample axis, which is no call of the model
             origin = calls[-2]

@@ -37,12 +37,14 @@ class SizeRecord:
         grows: For each size, whether it is proportional to the number of samples.
         units: For each shape of the inputs, the sizes for one sample.
         observed: The first shapes whose sizes come from the proof or from one sample alone, with these sizes.
+        backward: The sizes in the backward passes of custom autograd functions, if there are any.
     """
 
     path: int
     grows: tuple[bool, ...]
     units: dict[Hashable, tuple[int, ...]] = field(default_factory=dict)
     observed: list[tuple[int, ...]] = field(default_factory=list)
+    backward: SizeRecord | None = None
 
     def covers(self, outline: Outline, samples: int, shapes: Hashable) -> bool:
         """Return whether a forward pass of a batch is covered by the proof, for shapes of the inputs that are known."""
