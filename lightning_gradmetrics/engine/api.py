@@ -29,7 +29,7 @@ from lightning_gradmetrics.classifier.quantised import check_differentiable, che
 from lightning_gradmetrics.classifier.sample_axis import SampleAxis, samples_first, tensors_with_samples
 from lightning_gradmetrics.engine.arguments import check_arguments, checked_targets, detached
 from lightning_gradmetrics.engine.auto import auto_moments
-from lightning_gradmetrics.engine.checks.added_axis import check_added_axis
+from lightning_gradmetrics.engine.checks.added_axis import check_added_axis, noting_shapes
 from lightning_gradmetrics.engine.checks.no_gradient import check_gradients
 from lightning_gradmetrics.engine.checks.other_generators import (
     SamplesAlone,
@@ -249,9 +249,10 @@ def _checked_moments(engine: str, task: Task) -> list[Moments]:
     if not task.size:
         return ENGINES[engine](task)
     state = ForwardState(task.model)
-    alone = SamplesAlone(task, check_repeated_passes(task, state), state)
+    shapes: list[Sequence[int]] = []
+    alone = SamplesAlone(task, check_repeated_passes(noting_shapes(task, shapes), state), state)
     if task.size == 1:
-        check_added_axis(task, state)
+        check_added_axis(task, shapes[0], state)
     with watching_generators(task, state):
         moments = reference_moments(task, alone.note) if engine == "reference" else ENGINES[engine](task)
         is_random = state.random_numbers_drawn()
