@@ -160,13 +160,21 @@ def test_a_non_finite_sample_leaves_the_moments_of_others_unchanged(bad, groups)
 
 
 @needs_compiler
-@pytest.mark.parametrize("groups", [5, 40])
+@pytest.mark.parametrize(
+    ("groups", "inputs", "outputs"),
+    [
+        (5, 8, 8),
+        (40, 1, 1),
+        (3, 12, 4),  # more input channels than a vector of double precision has lanes; likewise the next, with AVX2
+        (3, 6, 2),
+    ],
+)
 @pytest.mark.parametrize("size", [1e-22, 0.0, 1e22])
-def test_squares_out_of_range_are_computed_in_double_precision(groups, size):
+def test_squares_out_of_range_are_computed_in_double_precision(groups, inputs, outputs, size):
     torch.manual_seed(0)
     geometry = ConvGeometry((3, 3), (1, 1), (1, 1), (1, 1), groups)
-    x, g = torch.randn(3, 40, 5, 5), size * torch.randn(3, 40, 5, 5)
-    weight, scale = torch.randn(40, 40 // groups, 3, 3), torch.rand(40) + 0.5
+    x, g = torch.randn(3, inputs * groups, 5, 5), size * torch.randn(3, outputs * groups, 5, 5)
+    weight, scale = torch.randn(outputs * groups, inputs, 3, 3), torch.rand(outputs * groups) + 0.5
     sums = ChannelScale.for_samples(3, weight, scale)
     found = lanes.native_convolution(x, g, geometry, ALL, sums)
     gradients = kernels.conv_gradient(x.double(), g.double(), geometry) * scale.double().view(-1, 1, 1, 1)

@@ -143,7 +143,9 @@ def _native(
         own = None
         if scaled is not None:
             own = ChannelScale.for_samples(len(rows), scaled.weight.double(), scaled.scale.double())
-        return _native(planned, x[rows].double(), g[rows].double(), geometry, keys, own, None)
+        return native_convolution(
+            x[rows].double(), g[rows].double(), geometry, keys, own
+        )  # fewer lanes: maybe another kernel
 
     return checked_moments(out, g, keys, job.lost > 0, wide)
 
