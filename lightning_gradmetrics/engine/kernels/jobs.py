@@ -9,11 +9,10 @@ import ctypes
 
 __all__ = [
     "JOB_SIZES",
-    "DepthwiseJob",
     "GramJob",
     "GroupNormJob",
     "GroupNormLastJob",
-    "GroupedJob",
+    "LaneJob",
     "LinearGramJob",
     "LookupJob",
     "NormJob",
@@ -144,23 +143,8 @@ class SoftmaxPowerJob(ctypes.Structure):
     )
 
 
-class DepthwiseJob(ctypes.Structure):
-    """``depthwise_job`` of ``depthwise.c``."""
-
-    _fields_ = (
-        _pointers("x g out scratch entries positions scale weight packed products totals")
-        + _integers("scratch_bytes samples channels blocks mode entry_count")
-        + _triples("size pad out_size")
-        + _integers("x_sample x_channel")
-        + _triples("x_step")
-        + _integers("g_sample g_channel")
-        + _triples("g_step")
-        + _counters("next worker lost")
-    )
-
-
-class GroupedJob(ctypes.Structure):
-    """``grouped_job`` of ``grouped.c``."""
+class LaneJob(ctypes.Structure):
+    """``lane_job`` of ``lanes.h``."""
 
     _fields_ = (
         _pointers("x g out scratch entries positions scale weight packed products totals bias")
@@ -260,8 +244,7 @@ JOB_SIZES: dict[str, type[ctypes.Structure]] = {
     "linear_gram_job_bytes": LinearGramJob,
     "group_norm_job_bytes": GroupNormJob,
     "group_norm_last_job_bytes": GroupNormLastJob,
-    "depthwise_job_bytes": DepthwiseJob,
-    "grouped_job_bytes": GroupedJob,
+    "lane_job_bytes": LaneJob,
     "residual_job_bytes": ResidualJob,
     "lookup_job_bytes": LookupJob,
     "norm_job_bytes": NormJob,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradmetrics.engine.kernels.geometry import ConvGeometry, ceil_div, three
-from lightning_gradmetrics.engine.kernels.jobs import DepthwiseJob, GroupedJob, Triple
+from lightning_gradmetrics.engine.kernels.jobs import LaneJob, Triple
 from lightning_gradmetrics.engine.kernels.library import library_for
 from lightning_gradmetrics.engine.kernels.native import (
     ChannelScale,
@@ -109,7 +109,7 @@ class _Plan(NamedTuple):
         scaling: The number of entries of the scale and the weight in the order of the lanes.
     """
 
-    job: DepthwiseJob | GroupedJob
+    job: LaneJob
     kernel: str
     offsets: tuple[Tensor, Tensor]
     blocks: int
@@ -129,7 +129,7 @@ def _native(
     library, threads = library_for(g.dtype), threads_for()
     plan = planned(TensorLayout.of(x), TensorLayout.of(g), geometry, kernel_mode(keys), g.dtype)
     out = torch.empty(len(g), plan.blocks, len(ORDER), dtype=torch.float64)
-    job = type(plan.job).from_buffer_copy(plan.job)
+    job = LaneJob.from_buffer_copy(plan.job)
     job.x, job.g, job.out = x.data_ptr(), g.data_ptr(), out.data_ptr()
     job.scratch = scratch_address(job.scratch_bytes * threads)
     if bias is not None:
@@ -143,60 +143,54 @@ def _native(
         own = None
         if scaled is not None:
             own = ChannelScale.for_samples(len(rows), scaled.weight.double(), scaled.scale.double())
-        return native_convolution(
-            x[rows].double(), g[rows].double(), geometry, keys, own
-        )  # fewer lanes: maybe another kernel
+        # A vector has half as many lanes, which may be too few for this kernel.
+        return native_convolution(x[rows].double(), g[rows].double(), geometry, keys, own)
 
     return checked_moments(out, g, keys, job.lost > 0, wide)
 
 
 @functools.lru_cache(maxsize=512)
 def _depthwise_plan(x: TensorLayout, g: TensorLayout, geometry: ConvGeometry, mode: int, dtype: torch.dtype) -> _Plan:
-    library, solid = library_for(dtype), geometry.in_three_dimensions()
-    channels, size, out_size = g.shape[1], three(x.shape[2:], 1), three(g.shape[2:], 1)
+    library, channels = library_for(dtype), g.shape[1]
     lanes = library.tile_columns()
-    offsets, blocks = kernel_offsets(1, lanes, size, out_size, solid), ceil_div(channels, lanes)
-    job = DepthwiseJob(
-        scratch_bytes=library.depthwise_scratch_bytes(math.prod(solid.padded_size(size)), len(offsets[1]), 0),
-        channels=channels,
-        blocks=blocks,
-    )
-    _describe(job, x, g, solid, offsets, mode)
-    return _Plan(job, "depthwise", offsets, blocks, blocks * lanes * (1 + geometry.entries))
+    job, offsets, plane = _described(x, g, geometry, mode, lanes)
+    job.blocks = ceil_div(channels, lanes)
+    job.scratch_bytes = library.depthwise_scratch_bytes(plane, len(offsets[1]), 0)
+    return _Plan(job, "depthwise", offsets, job.blocks, job.blocks * lanes * (1 + geometry.entries))
 
 
 @functools.lru_cache(maxsize=512)
 def _grouped_plan(x: TensorLayout, g: TensorLayout, geometry: ConvGeometry, mode: int, dtype: torch.dtype) -> _Plan:
-    library, solid, groups = library_for(dtype), geometry.in_three_dimensions(), geometry.groups
+    library = library_for(dtype)
+    lanes = library.lane_width()
+    job, offsets, plane = _described(x, g, geometry, mode, lanes)
+    together = lanes // job.inputs
+    columns = ceil_div(together * job.outputs, lanes) * lanes
+    tiles = ceil_div(job.outputs, 2) * ceil_div(geometry.entries, library.tile_rows())
+    job.blocks = ceil_div(job.groups, together)
+    job.scratch_bytes = library.grouped_scratch_bytes(plane, len(offsets[1]) * columns, tiles)
+    return _Plan(job, "grouped", offsets, job.blocks, job.blocks * job.outputs * lanes * (1 + geometry.entries))
+
+
+def _described(
+    x: TensorLayout, g: TensorLayout, geometry: ConvGeometry, mode: int, lanes: int
+) -> tuple[LaneJob, tuple[Tensor, Tensor], int]:
+    """Return the arguments that both kernels have, the tensors with offsets, and the size of a padded plane of the input.
+
+    Args:
+        x: The layer's input.
+        g: The gradient of its output.
+        geometry: The convolution.
+        mode: The statistics to compute.
+        lanes: Channels that are interleaved.
+    """
+    solid, groups = geometry.in_three_dimensions(), geometry.groups
     size, out_size = three(x.shape[2:], 1), three(g.shape[2:], 1)
-    lanes, inputs, outputs = library.lane_width(), x.shape[1] // groups, g.shape[1] // groups
-    offsets, together = kernel_offsets(1, lanes, size, out_size, solid), lanes // inputs
-    blocks, columns = ceil_div(groups, together), ceil_div(together * outputs, lanes) * lanes
-    tiles = ceil_div(outputs, 2) * ceil_div(geometry.entries, library.tile_rows())
-    plane, gradient = math.prod(solid.padded_size(size)), len(offsets[1]) * columns
-    job = GroupedJob(
-        scratch_bytes=library.grouped_scratch_bytes(plane, gradient, tiles),
-        groups=groups,
-        inputs=inputs,
-        outputs=outputs,
-        blocks=blocks,
-    )
-    _describe(job, x, g, solid, offsets, mode)
-    return _Plan(job, "grouped", offsets, blocks, blocks * outputs * lanes * (1 + geometry.entries))
-
-
-def _describe(
-    job: DepthwiseJob | GroupedJob,
-    x: TensorLayout,
-    g: TensorLayout,
-    geometry: ConvGeometry,
-    offsets: tuple[Tensor, Tensor],
-    mode: int,
-) -> None:
-    """Write the arguments that both kernels have."""
-    job.samples, job.mode, job.entry_count = g.shape[0], mode, geometry.entries
+    offsets = kernel_offsets(1, lanes, size, out_size, solid)
+    job = LaneJob(samples=g.shape[0], groups=groups, inputs=x.shape[1] // groups, outputs=g.shape[1] // groups)
+    job.mode, job.entry_count = mode, geometry.entries
     job.entries, job.positions = offsets[0].data_ptr(), offsets[1].data_ptr()
-    job.size, job.pad = Triple(*three(x.shape[2:], 1)), Triple(*geometry.padding)
-    job.out_size = Triple(*three(g.shape[2:], 1))
+    job.size, job.pad, job.out_size = Triple(*size), Triple(*solid.padding), Triple(*out_size)
     job.x_sample, job.x_channel, job.x_step = x.stride[0], x.stride[1], Triple(*three(x.stride[2:], 0))
     job.g_sample, job.g_channel, job.g_step = g.stride[0], g.stride[1], Triple(*three(g.stride[2:], 0))
+    return job, offsets, math.prod(solid.padded_size(size))

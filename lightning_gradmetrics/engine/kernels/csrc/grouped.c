@@ -4,26 +4,9 @@
  * of output channels of a group, their gradients are repeated for all input channels of their group. ROWS kernel entries
  * of the pair then stay in registers over all positions, and are added to the statistics.
  */
-#include "kernels.h"
+#include "lanes.h"
 
 #define PART 128 /* positions whose input and gradients stay in the first-level cache for all output channels */
-
-typedef struct {
-  const REAL *x, *g;
-  double *out;                        /* (samples, blocks, STATISTICS) */
-  char *scratch;                      /* workers x scratch_bytes */
-  const int32_t *entries, *positions; /* offsets of kernel entries and output positions in the padded input */
-  const REAL *scale, *weight; /* (groups x outputs) and (groups x outputs, inputs, entries); null if not scaled */
-  REAL *packed;               /* memory for the same in the order of the lanes */
-  double *products, *totals;  /* (samples, groups x outputs): sums of weight and gradient, and of g over positions */
-  REAL *bias;                 /* likewise the latter sums; null if not wanted */
-  int64_t scratch_bytes, samples, groups, inputs, outputs, blocks, mode, entry_count; /* inputs and outputs of a group */
-  int64_t size[3], pad[3], out_size[3];
-  int64_t x_sample, x_channel, x_step[3], g_sample, g_channel, g_step[3];
-  atomic_int next, worker, lost; /* lost: the number of sums of squares out of range, unless g is zero */
-} grouped_job;
-
-static int64_t position_count(const grouped_job *j) { return j->out_size[0] * j->out_size[1] * j->out_size[2]; }
 
 /* The output channels of a block, rounded up to whole vectors. */
 static int64_t block_outputs(int64_t inputs, int64_t outputs) {
@@ -68,88 +51,15 @@ static void repeat_gradients(const REAL *g, int64_t step, int64_t count, int64_t
     }
 }
 
-/* acc[r][v] += sum_p g[p][v] x[entry r + position p], channel by channel, for `count` entries; a constant once inlined. */
-inline_always void lanes(const REAL *x, const loose *g, const int32_t *positions, int64_t length, const int32_t *entries,
-                         int count, vec acc[ROWS][2]) {
-  const REAL *row[ROWS];
-  vec sum[ROWS][2];
-#pragma GCC unroll 16
-  for (int r = 0; r < count; r++) row[r] = x + entries[r], sum[r][0] = acc[r][0], sum[r][1] = acc[r][1];
-  for (int64_t p = 0; p < length; p++) {
-    const int64_t at = positions[p];
-    const vec g0 = g[2 * p], g1 = g[2 * p + 1];
-#pragma GCC unroll 16
-    for (int r = 0; r < count; r++) {
-      const vec value = *(const vec *)(row[r] + at);
-      sum[r][0] += g0 * value;
-      sum[r][1] += g1 * value;
-    }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < count; r++) acc[r][0] = sum[r][0], acc[r][1] = sum[r][1];
-}
-
-#define CASE(N)                                                                                                        \
-  case N:                                                                                                              \
-    lanes(x, g, positions, length, entries, N, acc);                                                                               \
-    break;
-
-/* The same for any number of entries up to ROWS. */
-static void entry_tile(const REAL *x, const loose *g, const int32_t *positions, int64_t length, const int32_t *entries,
-                       int count, vec acc[ROWS][2]) {
-  switch (count) {
-    CASE(1)
-    CASE(2)
-    CASE(3)
-    CASE(4)
-    CASE(5)
-    CASE(6)
-#if ROWS > 6
-    CASE(7)
-    CASE(8)
-    CASE(9)
-    CASE(10)
-    CASE(11)
-    CASE(12)
-#endif
-  }
-}
-
-/* Sets the lanes behind `used` to a value. */
-inline_always vec with_rest(vec a, int used, REAL rest) {
-  for (int i = 0; i < WIDTH; i++) a[i] = i < used ? a[i] : rest;
-  return a;
-}
-
-/* Adds a tile to the statistics. `used` lanes of `pair` vectors exist. */
-inline_always void add_tile(running *s, vec acc[ROWS][2], int count, int used, int pair, int mode) {
-  vec sum[2] = {{0}}, square[2] = {{0}}, absolute[2] = {{0}}, high[2], low[2];
-  high[0] = high[1] = s->part[MAX], low[0] = low[1] = s->part[MIN];
+/* Sets the lanes of a tile behind `used` to zero. They have no channel: zeros times a gradient that may be infinite. */
+static void clear_rest(vec acc[ROWS][2], int count, int used) {
   for (int r = 0; r < count; r++)
-#pragma GCC unroll 2
-    for (int v = 0; v < pair; v++) { /* one chain of each statistic for each vector */
-      const vec a = used < WIDTH ? with_rest(acc[r][v], used, 0) : acc[r][v];
-      sum[v] += a;
-      square[v] += a * a;
-      if (mode == ALL) {
-        const vec b = used < WIDTH ? with_rest(a, used, a[0]) : a;
-        absolute[v] += magnitude(a);
-        high[v] = larger(b, high[v]);
-        low[v] = smaller(b, low[v]);
-      }
-    }
-  s->part[SUM] += sum[0] + sum[1];
-  s->part[SQUARE] += square[0] + square[1];
-  if (mode == ALL) {
-    s->part[ABS] += absolute[0] + absolute[1];
-    s->part[MAX] = larger(high[0], high[1]);
-    s->part[MIN] = smaller(low[0], low[1]);
-  }
-  if (++s->tiles == FLUSH) flush(s);
+    for (int v = 0; v < 2; v++)
+      for (int i = 0; i < WIDTH; i++) acc[r][v][i] = i < used ? acc[r][v][i] : 0;
 }
 
 /* Writes the sums over the positions of the gradients of a block's output channels. */
-static void block_totals(const grouped_job *j, const REAL *g, int64_t step, int64_t outputs, int64_t at) {
+static void block_totals(const lane_job *j, const REAL *g, int64_t step, int64_t outputs, int64_t at) {
   const int64_t positions = position_count(j);
   for (int64_t first = 0; first < outputs; first += WIDTH) {
     double total[WIDTH] = {0};
@@ -167,7 +77,7 @@ static void block_totals(const grouped_job *j, const REAL *g, int64_t step, int6
 }
 
 /* Copies the scale to (blocks, outputs, WIDTH), and the weight behind it to (blocks, outputs, entries, WIDTH). */
-static void pack_scaling(const grouped_job *j) {
+static void pack_scaling(const lane_job *j) {
   const int64_t each_block = WIDTH / j->inputs, rows = j->blocks * j->outputs, entries = j->entry_count;
   memset(j->packed, 0, sizeof(REAL) * rows * (1 + entries) * WIDTH);
   for (int64_t c = 0; c < j->groups * j->outputs; c++) {
@@ -181,7 +91,7 @@ static void pack_scaling(const grouped_job *j) {
 
 /* Multiplies a tile by the scale of its output channels, and adds its products with the weight to `sums`. `row` is the
  * number of the tile's first output channel in the order of the blocks. */
-static void scale_tile(const grouped_job *j, int64_t row, int64_t entry, int count, int pair, vec acc[ROWS][2],
+static void scale_tile(const lane_job *j, int64_t row, int64_t entry, int count, int pair, vec acc[ROWS][2],
                        vec sums[2]) {
   const loose *packed = (const loose *)j->packed, *weights = packed + j->blocks * j->outputs;
   for (int v = 0; v < pair; v++) {
@@ -200,7 +110,7 @@ static void write_products(const vec sums, int64_t inputs, int64_t outputs, int 
   }
 }
 
-static void group_block(grouped_job *j, int64_t task, char *scratch) {
+static void group_block(lane_job *j, int64_t task, char *scratch) {
   static const int64_t none[3] = {0, 0, 0};
   const int64_t n = task / j->blocks, block = task % j->blocks, each_block = WIDTH / j->inputs, outputs = j->outputs;
   const int64_t first = block * each_block, positions = position_count(j), step = block_outputs(j->inputs, outputs);
@@ -226,17 +136,18 @@ static void group_block(grouped_job *j, int64_t task, char *scratch) {
       for (int64_t e = 0; e < j->entry_count; e += each, acc += ROWS) {
         const int count = j->entry_count - e < each ? (int)(j->entry_count - e) : (int)each;
         if (p == 0) memset(acc, 0, sizeof(vec) * 2 * ROWS);
-        entry_tile(x, (const loose *)repeated, j->positions + p, length, j->entries + e, count, acc);
+        entry_tile(x, (const loose *)repeated, j->positions + p, length, j->entries + e, count, 0, acc);
         if (p + length < positions) continue;
+        if (used < WIDTH) clear_rest(acc, count, used);
         if (j->weight) scale_tile(j, block * outputs + o, e, count, pair, acc, products);
         if (used == WIDTH && pair == 2 && j->mode == ALL)
-          add_tile(&s, acc, count, WIDTH, 2, ALL);
+          reduce(&s, acc, count, WIDTH, ALL, EACH);
         else if (used == WIDTH && pair == 2)
-          add_tile(&s, acc, count, WIDTH, 2, SUMS);
+          reduce(&s, acc, count, WIDTH, SUMS, EACH);
         else if (pair == 2)
-          add_tile(&s, acc, count, used, 2, (int)j->mode);
+          reduce(&s, acc, count, used, (int)j->mode, EACH);
         else
-          add_tile(&s, acc, count, used, 1, (int)j->mode);
+          reduce(&s, acc, count, used, (int)j->mode, NARROW);
       }
       for (int v = 0; j->weight && p + length == positions && v < pair; v++)
         write_products(products[v], j->inputs, outputs, groups, j->products + at + o + v);
@@ -247,16 +158,9 @@ static void group_block(grouped_job *j, int64_t task, char *scratch) {
   if (!is_exact) atomic_fetch_add(&j->lost, 1);
 }
 
-static void grouped_work(void *data) {
-  grouped_job *j = data;
-  char *scratch = j->scratch + atomic_fetch_add(&j->worker, 1) * j->scratch_bytes;
-  const int64_t tasks = j->samples * j->blocks;
-  for (int64_t task; (task = atomic_fetch_add(&j->next, 1)) < tasks;) group_block(j, task, scratch);
-}
-
 int lane_width(void) { return WIDTH; }
 
-int64_t grouped_job_bytes(void) { return sizeof(grouped_job); }
+int64_t lane_job_bytes(void) { return sizeof(lane_job); }
 
 /* The memory for an input plane and an output gradient of these sizes, and for the sums of tiles. */
 int64_t grouped_scratch_bytes(int64_t plane, int64_t gradient, int64_t tiles) {
@@ -264,10 +168,7 @@ int64_t grouped_scratch_bytes(int64_t plane, int64_t gradient, int64_t tiles) {
   return ((int64_t)sizeof(REAL) * entries + 4095) / 4096 * 4096;
 }
 
-void grouped(grouped_job *j, parallel run, int threads) {
-  atomic_init(&j->next, 0);
-  atomic_init(&j->worker, 0);
-  atomic_init(&j->lost, 0);
+void grouped(lane_job *j, parallel run, int threads) {
   if (j->weight) pack_scaling(j);
-  run_threads(grouped_work, j, run, threads);
+  run_lanes(j, group_block, run, threads);
 }

@@ -175,22 +175,24 @@ static void finish(running *s, double *out) {
   memcpy(out, s->total, sizeof s->total);
 }
 
-/* Adds a tile of G to the running statistics. `valid` counts the tile's columns that exist; the others hold zeros. The columns of
- * a narrow tile fill one vector. */
-inline_always void reduce(running *s, vec acc[ROWS][2], int rows, int valid, int mode, int narrow) {
+/* What `valid` counts: columns of both vectors, columns of the first one, which has all, or columns of each vector. */
+enum { WIDE = 0, NARROW = 1, EACH = 2 };
+
+/* Adds a tile of G to the running statistics. `valid` counts the tile's columns that exist; the others hold zeros. */
+inline_always void reduce(running *s, vec acc[ROWS][2], int rows, int valid, int mode, int counted) {
   /* Two chains of each statistic hide the latency of its instruction. */
   vec sum[2] = {{0}}, square[2] = {{0}}, absolute[2] = {{0}}, high[2], low[2];
   high[0] = high[1] = s->part[MAX], low[0] = low[1] = s->part[MIN];
   for (int r = 0; r < rows; r++)
-    for (int v = 0; v < (narrow ? 1 : 2); v++) {
-      const int chain = narrow ? r % 2 : v;
+    for (int v = 0; v < (counted == NARROW ? 1 : 2); v++) {
+      const int chain = counted == NARROW ? r % 2 : v, before = counted == WIDE ? v * WIDTH : 0;
       vec a = acc[r][v];
       sum[chain] += a;
       square[chain] += a * a;
       if (mode == ALL) {
         absolute[chain] += magnitude(a);
-        if (valid < (narrow ? WIDTH : COLS))
-          for (int j = 0; j < WIDTH; j++) a[j] = v * WIDTH + j < valid ? a[j] : acc[r][0][0];
+        if (valid < (counted == WIDE ? COLS : WIDTH))
+          for (int j = 0; j < WIDTH; j++) a[j] = before + j < valid ? a[j] : acc[r][0][0];
         high[chain] = larger(a, high[chain]);
         low[chain] = smaller(a, low[chain]);
       }

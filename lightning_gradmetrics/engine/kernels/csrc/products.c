@@ -230,9 +230,9 @@ inline_always void panel(const product_job *j, const REAL *x, const vec *g, int6
         scale_tile(scaled->weight + r * scaled->step, scaled->step, scaled->scale, end - r < ROWS ? (int)(end - r) : ROWS,
                    narrow ? 1 : 2, acc, sums);
       if (valid == (narrow ? WIDTH : COLS) && end - r >= ROWS)
-        reduce(s, acc, ROWS, narrow ? WIDTH : COLS, mode, narrow);
+        reduce(s, acc, ROWS, narrow ? WIDTH : COLS, mode, narrow ? NARROW : WIDE);
       else
-        reduce(s, acc, end - r < ROWS ? (int)(end - r) : ROWS, valid, mode, narrow);
+        reduce(s, acc, end - r < ROWS ? (int)(end - r) : ROWS, valid, mode, narrow ? NARROW : WIDE);
     }
   }
   for (int c = 0; scaled->weight && c < valid; c++) scaled->products[c] += sums[c / WIDTH][c % WIDTH];

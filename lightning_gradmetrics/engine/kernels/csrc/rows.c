@@ -15,13 +15,13 @@ inline_always void stretch(const REAL *x, int64_t count, running *s, int mode) {
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; r++)
       for (int v = 0; v < 2; v++) acc[r][v] = *(const loose *)(x + r * COLS + v * WIDTH);
-    reduce(s, acc, ROWS, COLS, mode, 0);
+    reduce(s, acc, ROWS, COLS, mode, WIDE);
   }
   for (; count > 0; x += COLS, count -= COLS) {
     int valid = count < COLS ? (int)count : COLS;
     memset(acc, 0, sizeof(vec) * 2);
     memcpy(acc, x, sizeof(REAL) * valid);
-    reduce(s, acc, 1, valid, mode, 0);
+    reduce(s, acc, 1, valid, mode, WIDE);
   }
 }
 
