@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_gradmetrics.callback import arguments as checks
 from lightning_gradmetrics.callback.columns import Columns, SampleIds, check_columns, check_sample_id
-from lightning_gradmetrics.callback.configured_fit import check_fit_source, with_configured_states
+from lightning_gradmetrics.callback.configured_fit import check_fit_source
 from lightning_gradmetrics.callback.dataloaders import (
     Datasets,
-    Names,
     check_datasets,
     check_stages,
     dataset_roles,
@@ -25,7 +23,7 @@ from lightning_gradmetrics.callback.dataloaders import (
     rows_of_loaders,
 )
 from lightning_gradmetrics.callback.evaluating import evaluate_detectors
-from lightning_gradmetrics.callback.fitting import fitting_step
+from lightning_gradmetrics.callback.fitted_scores import FittedScores
 from lightning_gradmetrics.callback.hooks import RunHooks
 from lightning_gradmetrics.callback.index_recording import IndexRecording
 from lightning_gradmetrics.callback.labels import BatchReader
@@ -42,7 +40,7 @@ from lightning_gradmetrics.callback.pixel_outcome import PixelOutcome
 from lightning_gradmetrics.callback.processes import Processes
 from lightning_gradmetrics.callback.pytorch_lightning import also_callback_of_pytorch_lightning
 from lightning_gradmetrics.callback.run import Run
-from lightning_gradmetrics.callback.stage_choice import Loaders, StageNotices, check_fitted_in_fit
+from lightning_gradmetrics.callback.stage_choice import Loaders, StageNotices
 from lightning_gradmetrics.callback.stages import FitStage, ScoreStage, Stage
 from lightning_gradmetrics.callback.storing import is_limited, store_of
 from lightning_gradmetrics.callback.text_outcome import TextOutcome, evaluate_tokens, logged_of_tokens
@@ -54,19 +52,17 @@ from lightning_gradmetrics.pictures import PictureSource, check_top_k, picture_s
 from lightning_gradmetrics.pictures.pixels.settings import Pixels
 from lightning_gradmetrics.pictures.pixels.source import PixelResults
 from lightning_gradmetrics.results.output import Output, check_output
-from lightning_gradmetrics.results.rows import empty_results
+from lightning_gradmetrics.results.rows import Rows, empty_results
 from lightning_gradmetrics.results.stores import Results
 from lightning_gradmetrics.scores import FittedScore
-from lightning_gradmetrics.scoring.fitting import Fitting
 from lightning_gradmetrics.scoring.layer_profile import Profile
 from lightning_gradmetrics.scoring.registry import ScoreLike, resolve
 from lightning_gradmetrics.scoring.scorer import Scorer
-from lightning_gradmetrics.scoring.states import check_fitted, fitted_states, with_fitted_states
 
 __all__ = ["GradientMetrics"]
 
 
-class GradientMetrics(Outcome, PixelOutcome, TextOutcome, RunHooks):
+class GradientMetrics(Outcome, PixelOutcome, TextOutcome, FittedScores, RunHooks):
     """Scores every sample at validate, test and predict time, and evaluates the scores.
 
     Logit and head scores reuse the forward pass that Lightning runs; all other scores share one further forward pass.
@@ -207,7 +203,6 @@ class GradientMetrics(Outcome, PixelOutcome, TextOutcome, RunHooks):
         self.pixels = Pixels.of(pixels)
         self._pixels = PixelResults(self.pixels)
         self.sources: list[PictureSource] = []
-        self._fitting: tuple[Fitting, Names] | None = None
         self._run: Run | None = None
         self._indices = IndexRecording()
         self._model: dict[str, Any] = {}
@@ -219,37 +214,6 @@ class GradientMetrics(Outcome, PixelOutcome, TextOutcome, RunHooks):
     def scored_model(self, model: LightningModule) -> nn.Module:
         """Return the part of a module that is scored: the one named by ``submodule=``, or the one that defines the forward."""
         return scored_model(model, self.submodule, self.scorer.head)
-
-    def fit(
-        self, trainer: Trainer, model: LightningModule, dataloaders: Any, datasets: Mapping[str, str] | None = None
-    ) -> None:
-        """Fit the fitted scores on in-distribution data, before they are used.
-
-        This runs ``trainer.predict`` over the data. A module without a ``predict_step`` runs its ``test_step`` or
-        ``validation_step``, without logging. Scores that need no fit are left unchanged.
-
-        Args:
-            trainer: A trainer that this callback belongs to.
-            model: The model.
-            dataloaders: One or more dataloaders, of data that is not scored later.
-            datasets: Names and roles of the dataloaders, if scores are fitted on both in-distribution (``"id"``) and
-                out-of-distribution data.
-
-        Raises:
-            ValueError: If the trainer does not have this callback.
-        """
-        wanted = [score for score in self.scorer.scores if isinstance(score, FittedScore)]
-        if self not in trainer.callbacks:  # type: ignore[attr-defined]
-            raise ValueError("the trainer does not have this callback: pass Trainer(callbacks=[callback])")
-        if not wanted:
-            rank_zero_warn("none of the scores needs a fit: nothing was done")
-            return
-        self._fitting = (Fitting(wanted, replace(self.scorer)), check_datasets(datasets))  # type: ignore[assignment]
-        try:
-            with fitting_step(model, self.split_batch):
-                trainer.predict(model, dataloaders, return_predictions=False)
-        finally:
-            self._fitting = None
 
     def _start(self, trainer: Trainer, module: LightningModule, dataloaders: Any) -> None:
         self._run = None
@@ -275,32 +239,42 @@ class GradientMetrics(Outcome, PixelOutcome, TextOutcome, RunHooks):
         else:
             if names is None:
                 self._notices.of_roles(datasets)
-            self.scorer.scores = with_configured_states(
-                self.scorer, model, module, trainer, self.split_batch, self.fit_on, self.fitted, self.sample_axis
-            )
-            check_fitted(self.scorer.scores, model)
+            self._use_states(trainer, module, model)
             checks.check_targets(self.scorer.scores, model)
-            self._pixels = PixelResults(self.pixels)
-            self.sources = [*picture_sources(self.scorer.scores, self.profile, self.top_k), self._pixels]
-            looks = [*(source.look for source in self.sources), *self.columns.values()]
-            store = store_of(
-                None if stage == "fit" else self.output,
-                rows,
-                counted.all,
-                self.thresholds,
-                self.scorer,
-                model,
-                roles,
-                self._described(stage),
-                processes,
-                is_limited(trainer, stage),
-            )
-            made = ScoreStage(replace(self.scorer, looks=looks), rows, store, self.sources, self.columns, self._pixels)
+            made = self._score_stage(trainer, model, rows, counted.all, roles, processes)
         reader = BatchReader(self.split_batch, processes.warn, self.pixels)
         context = trainer.precision_plugin.forward_context
         drawn, transfers = self._indices.of_loaders(counted.all), self._indices.transfers(trainer, module)
         ids = None if is_fit else self.sample_id
         self._run = Run(made, model, drawn, transfers, roles, reader, context, processes, ids, self.sample_axis)
+
+    def _score_stage(
+        self,
+        trainer: Trainer,
+        model: nn.Module,
+        rows: Sequence[Rows],
+        loaders: Sequence[Any],
+        roles: Mapping[str, str],
+        processes: Processes,
+    ) -> ScoreStage:
+        """Return a stage that scores, with new picture sources and a new store of its results."""
+        stage = str(trainer.state.fn.value)  # type: ignore[union-attr]
+        self._pixels = PixelResults(self.pixels)
+        self.sources = [*picture_sources(self.scorer.scores, self.profile, self.top_k), self._pixels]
+        looks = [*(source.look for source in self.sources), *self.columns.values()]
+        store = store_of(
+            None if stage == "fit" else self.output,
+            rows,
+            loaders,
+            self.thresholds,
+            self.scorer,
+            model,
+            roles,
+            self._described(stage),
+            processes,
+            is_limited(trainer, stage),
+        )
+        return ScoreStage(replace(self.scorer, looks=looks), rows, store, self.sources, self.columns, self._pixels)
 
     def _described(self, stage: str) -> dict[str, Any]:
         """Return the arguments that change the results, besides the scores and the model."""
@@ -354,32 +328,6 @@ class GradientMetrics(Outcome, PixelOutcome, TextOutcome, RunHooks):
         logged.update(logged_of_tokens(self.token_evaluation, self.prefix, self.metrics))
         self._logged.update(logged)
         return logged
-
-    @property
-    def state_key(self) -> str:
-        """Return the key of the fitted states in a checkpoint."""
-        return self._generate_state_key(prefix=self.prefix)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the states of the fitted scores, as tensors and strings."""
-        return {"fitted": fitted_states(self.scorer.scores)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the states of the fitted scores from a checkpoint.
-
-        Raises:
-            ValueError: If a state was made for another score or other arguments.
-        """
-        self.scorer.scores = with_fitted_states(self.scorer.scores, state_dict.get("fitted", {}))
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse to score fitted scores during a fit, while the weights change.
-
-        Raises:
-            ValueError: If ``stages`` contains ``"fit"`` and a score is fitted.
-        """
-        if trainer.enable_validation:
-            check_fitted_in_fit(self.scorer.scores, self.stages)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Discard the last run's results, and record the indices of the next run."""
