@@ -17,7 +17,7 @@ __all__ = ["check_added_axis", "noting_shapes"]
 
 
 def noting_shapes(task: Task, shapes: list[Sequence[int]]) -> Task:
-    """Return the task; its forward passes add the shape that the logits have before a missing sample axis is added."""
+    """Return a task whose forward passes append to a list the shape of the logits as the model returns them."""
 
     def noted(output: Any) -> Tensor:
         logits = task.logits(output)

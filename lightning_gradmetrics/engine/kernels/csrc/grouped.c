@@ -51,7 +51,7 @@ static void repeat_gradients(const REAL *g, int64_t step, int64_t count, int64_t
     }
 }
 
-/* Sets the lanes of a tile behind `used` to zero. They have no channel: zeros times a gradient that may be infinite. */
+/* Sets the lanes of a tile behind `used` to zero. They belong to no channel, and are NaN if a gradient is infinite. */
 static void clear_rest(vec acc[ROWS][2], int count, int used) {
   for (int r = 0; r < count; r++)
     for (int v = 0; v < 2; v++)

@@ -175,23 +175,24 @@ static void finish(running *s, double *out) {
   memcpy(out, s->total, sizeof s->total);
 }
 
-/* What `valid` counts: columns of both vectors, columns of the first one, which has all, or columns of each vector. */
+/* How the columns of a tile fill its vectors: both one after the other, only the first one, or each of them alike. */
 enum { WIDE = 0, NARROW = 1, EACH = 2 };
 
-/* Adds a tile of G to the running statistics. `valid` counts the tile's columns that exist; the others hold zeros. */
-inline_always void reduce(running *s, vec acc[ROWS][2], int rows, int valid, int mode, int counted) {
+/* Adds a tile of G to the running statistics. `valid` counts the columns that exist, of each vector if both are filled alike; the
+ * others hold zeros. */
+inline_always void reduce(running *s, vec acc[ROWS][2], int rows, int valid, int mode, int filling) {
   /* Two chains of each statistic hide the latency of its instruction. */
   vec sum[2] = {{0}}, square[2] = {{0}}, absolute[2] = {{0}}, high[2], low[2];
   high[0] = high[1] = s->part[MAX], low[0] = low[1] = s->part[MIN];
   for (int r = 0; r < rows; r++)
-    for (int v = 0; v < (counted == NARROW ? 1 : 2); v++) {
-      const int chain = counted == NARROW ? r % 2 : v, before = counted == WIDE ? v * WIDTH : 0;
+    for (int v = 0; v < (filling == NARROW ? 1 : 2); v++) {
+      const int chain = filling == NARROW ? r % 2 : v, before = filling == WIDE ? v * WIDTH : 0;
       vec a = acc[r][v];
       sum[chain] += a;
       square[chain] += a * a;
       if (mode == ALL) {
         absolute[chain] += magnitude(a);
-        if (valid < (counted == WIDE ? COLS : WIDTH))
+        if (valid < (filling == WIDE ? COLS : WIDTH))
           for (int j = 0; j < WIDTH; j++) a[j] = before + j < valid ? a[j] : acc[r][0][0];
         high[chain] = larger(a, high[chain]);
         low[chain] = smaller(a, low[chain]);

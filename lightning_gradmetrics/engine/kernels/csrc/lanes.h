@@ -45,8 +45,8 @@ static void run_lanes(lane_job *j, lane_block block, parallel run, int threads) 
 
 inline_always int64_t position_count(const lane_job *j) { return j->out_size[0] * j->out_size[1] * j->out_size[2]; }
 
-/* acc[r][v] += sum_p g[p][v] x[entry r + position p][v], channel by channel, for `count` entries; a constant once inlined. `apart` is
- * whether each vector has its own input, and 0 if both have the first one. */
+/* acc[r][v] += sum_p g[p][v] x[entry r + position p][v], channel by channel, for `count` entries; a constant once inlined.
+ * `apart` is 1 if each vector has its own input, and 0 if both have the first one. */
 inline_always void lanes(const REAL *x, const loose *g, const int32_t *positions, int64_t length, const int32_t *entries,
                          int count, int apart, vec acc[ROWS][2]) {
   const REAL *row[ROWS];
