@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from lightning_gradmetrics.engine.rules import RULES, convolution
 from lightning_gradmetrics.engine.rules.attention import multi_head_attention
 from tests.engine.layers import SIZES, check_layer, normal
 
@@ -56,6 +57,34 @@ def test_convolution(data):
     layer = kind(channels, features, kernel, stride, padding, dilation, groups, data.draw(st.booleans()), mode)
     sizes = data.draw(st.lists(st.integers(5, 6), min_size=dims, max_size=dims))
     _check_over_inputs(data, layer, channels, sizes)
+
+
+ONE_POSITION = [
+    (nn.Conv2d(4, 6, 1), True),
+    (nn.Conv2d(4, 6, 1, 2, (0, 0), bias=False), True),
+    (nn.Conv1d(4, 6, 1, padding="same"), True),
+    (nn.Conv3d(4, 6, 1, padding="valid"), True),
+    (nn.Conv2d(4, 6, 1, padding=(0, 1)), False),
+    (nn.Conv2d(4, 6, 1, groups=2), False),
+    (nn.Conv2d(4, 6, 3, padding=1), False),
+]
+
+
+@pytest.mark.parametrize("is_last", [False, True])
+@pytest.mark.parametrize(("layer", "is_product"), ONE_POSITION)
+def test_convolutions_of_images_with_one_position(layer, is_product, is_last, monkeypatch):
+    """The products have the values and the strides of the convolutions."""
+    sizes = [1] * (layer.weight.ndim - 2)
+    x = normal(3, *sizes, 4).movedim(-1, 1) if is_last else normal(3, 4, *sizes)
+    check_layer(layer, x)
+    expected = layer(x)
+    values = {"input": x, "weight": layer.weight, "bias": layer.bias, "stride": layer.stride, "padding": layer.padding}
+    values |= {"dilation": layer.dilation, "groups": layer.groups}
+    if is_product:
+        monkeypatch.setattr(convolution, "_FUNCTIONS", ())
+    found = RULES[(torch.conv1d, torch.conv2d, torch.conv3d)[len(sizes) - 1]].run(values)
+    torch.testing.assert_close(found, expected)
+    assert len(sizes) != 2 or found.stride() == expected.stride()
 
 
 @pytest.mark.slow

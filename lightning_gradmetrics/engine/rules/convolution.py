@@ -24,6 +24,9 @@ __all__ = ["convolution", "padded_input", "scaling_pays", "transposed_convolutio
 WEIGHT_ENTRIES_PER_INPUT_ENTRY = 32
 """Smallest ratio of a weight's entries to those of one sample's input at which the layout of the weight decides the time; measured."""
 
+_FUNCTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
+_FULL_PRECISION = (torch.float32, torch.float64)
+
 
 def _tuple(value: Any, dims: int) -> tuple[int, ...]:
     values = (value,) if isinstance(value, int) else tuple(value)
@@ -67,6 +70,26 @@ def weight_dominates(values: dict[str, Any]) -> bool:
     return bool(weight.numel() >= WEIGHT_ENTRIES_PER_INPUT_ENTRY * x.shape[1:].numel())
 
 
+def _run(values: dict[str, Any]) -> Tensor:
+    """Return the output; that of images with one position on a CPU is a product, for which torch does not copy the weight."""
+    x, weight = values["input"], values["weight"]
+    if not _is_product(x, weight, values):
+        output: Tensor = _FUNCTIONS[weight.ndim - 3](**values)
+        return output
+    rows = F.linear(x.flatten(1), weight.flatten(1), values.get("bias"))
+    if x.ndim == 4 and x.stride(3) == x.shape[1]:  # as in the channels-last layout
+        return rows.view(len(x), 1, 1, -1).permute(0, 3, 1, 2)
+    return rows.view(*rows.shape, *x.shape[2:])
+
+
+def _is_product(x: Tensor, weight: Tensor, values: Mapping[str, Any]) -> bool:
+    if weight.shape[2:].numel() > 1 or x.ndim != weight.ndim or x.shape[2:].numel() != 1 or not x.is_cpu:
+        return False
+    padding = values.get("padding", 0)
+    is_padded = padding not in ("valid", "same") and any(_tuple(padding, weight.ndim - 2))
+    return values.get("groups", 1) == 1 and not is_padded and x.dtype == weight.dtype in _FULL_PRECISION
+
+
 @rule(
     torch.conv1d,
     torch.conv2d,
@@ -74,6 +97,7 @@ def weight_dominates(values: dict[str, Any]) -> bool:
     arguments="input weight bias stride padding dilation groups",
     weights="weight bias",
     accepts=_batched,
+    run=_run,
     dense=weight_dominates,
     sums=of_convolution,
 )
