@@ -21,9 +21,9 @@ from lightning_gradmetrics.engine.checks.guards import (
 )
 from lightning_gradmetrics.engine.inputs.samples import are_rows_of, input_shapes
 from lightning_gradmetrics.engine.passes.agreement import SampleNotes
+from lightning_gradmetrics.engine.passes.collecting_pass import CollectingPass
 from lightning_gradmetrics.engine.passes.plan import PlanError
 from lightning_gradmetrics.engine.passes.strategy import EVERY_SAMPLE, Strategy
-from lightning_gradmetrics.engine.passes.tracer import Tracer
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.engine.tracing.graph import runs_custom_code, runs_users_code
 from lightning_gradmetrics.engine.tracing.model_state import ForwardState
@@ -62,7 +62,7 @@ class BatchChecks:
         self.reader_paths: dict[int, int] = {}
         self.notes: SampleNotes | None = None
 
-    def __call__(self, logits: Tensor, tracer: Tracer | None = None) -> None:
+    def __call__(self, logits: Tensor, tracer: CollectingPass | None = None) -> None:
         """Check the logits of the batch.
 
         Raises:
@@ -103,7 +103,7 @@ class BatchChecks:
             raise PlanError("the inputs that have one row per sample are unknown")
         assumption.confirm()
 
-    def _covers(self, logits: Tensor, tracer: Tracer, readers: Sequence[int]) -> bool:
+    def _covers(self, logits: Tensor, tracer: CollectingPass, readers: Sequence[int]) -> bool:
         """Return whether the proof covers the batch."""
         record, outline, (shapes, size) = self.strategy.sizes, tracer.outline, self.here
         if record is None or outline.path != record.path:

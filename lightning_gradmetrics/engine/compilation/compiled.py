@@ -34,11 +34,11 @@ from lightning_gradmetrics.engine.compilation.program import (
 )
 from lightning_gradmetrics.engine.kernels.operators import traced_operators
 from lightning_gradmetrics.engine.kernels.traced import looked_up
+from lightning_gradmetrics.engine.passes.collecting_pass import CollectingPass
 from lightning_gradmetrics.engine.passes.gather import MomentTable
 from lightning_gradmetrics.engine.passes.path_check import forward_alone
 from lightning_gradmetrics.engine.passes.plan import PlanError
 from lightning_gradmetrics.engine.passes.strategy import Strategy, collect_fast
-from lightning_gradmetrics.engine.passes.tracer import Tracer
 from lightning_gradmetrics.engine.places import tensors_by_place
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.engine.tracing.graph import runs_custom_code
@@ -206,7 +206,7 @@ def _program(task: Task, strategy: Strategy) -> Program:
             table = MomentTable(batch)
             logits: list[Tensor] = []
 
-            def keep(found: Tensor, tracer: Tracer) -> None:
+            def keep(found: Tensor, tracer: CollectingPass) -> None:
                 if runs_custom_code(found):
                     raise ValueError("its backward pass runs custom code, which may change")
                 logits.append(found)

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.overrides import _get_current_function_mode_stack
 
+from lightning_gradmetrics.engine.passes.collecting_pass import Sink
 from lightning_gradmetrics.engine.passes.plan import Fold, Plan, PlanError, Source, Step
 from lightning_gradmetrics.engine.passes.shuffles import STRIDED, shuffled_images, shuffles_channels
-from lightning_gradmetrics.engine.passes.tracer import Sink, Tracer
+from lightning_gradmetrics.engine.passes.tracer import Tracer
 from lightning_gradmetrics.engine.rules import RULES, Call, Rule, bind
 from lightning_gradmetrics.engine.rules.convolution import scaling_pays, weight_dominates
 from lightning_gradmetrics.engine.rules.folded import FOLDED, run_folded

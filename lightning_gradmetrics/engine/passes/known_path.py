@@ -18,13 +18,14 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.autograd.graph import GradientEdge
 
+from lightning_gradmetrics.engine.passes.collecting_pass import Sink
 from lightning_gradmetrics.engine.passes.image_calls import result_for_images
 from lightning_gradmetrics.engine.passes.inner_calls import HeldStep
 from lightning_gradmetrics.engine.passes.known_calls import KnownCall, KnownPath
 from lightning_gradmetrics.engine.passes.path_check import PathChanged, PathCheck, PathFollower
 from lightning_gradmetrics.engine.passes.path_record import leaves_of
 from lightning_gradmetrics.engine.passes.plan import Plan, PlanError, Step
-from lightning_gradmetrics.engine.passes.tracer import Sink, Tracer
+from lightning_gradmetrics.engine.passes.tracer import Tracer
 from lightning_gradmetrics.engine.rules import Call, bind
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.engine.tracing.calls import Silence

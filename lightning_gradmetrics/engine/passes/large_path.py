@@ -10,6 +10,7 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor
 
+from lightning_gradmetrics.engine.passes.collecting_pass import Sink
 from lightning_gradmetrics.engine.passes.folding import METADATA, FoldRefused, hidden_tensor, result_in_layout
 from lightning_gradmetrics.engine.passes.in_place import SUMS
 from lightning_gradmetrics.engine.passes.inner_calls import HeldNorm, HeldStep
@@ -18,7 +19,6 @@ from lightning_gradmetrics.engine.passes.known_path import DirectPass
 from lightning_gradmetrics.engine.passes.path_check import PathChanged
 from lightning_gradmetrics.engine.passes.plan import PlanError
 from lightning_gradmetrics.engine.passes.shuffles import shuffled_images
-from lightning_gradmetrics.engine.passes.tracer import Sink
 from lightning_gradmetrics.engine.rules import RULES, Call, bind
 from lightning_gradmetrics.engine.rules.folded import run_folded
 from lightning_gradmetrics.engine.task import Task

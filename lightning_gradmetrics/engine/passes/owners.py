@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_gradmetrics.engine.passes.collecting_pass import CollectingPass, Sink
 from lightning_gradmetrics.engine.passes.plan import BROADCAST, Plan, PlanError, Source
-from lightning_gradmetrics.engine.passes.tracer import Sink, Tracer
 from lightning_gradmetrics.engine.rules import RULES, Call, Rule, bind
 from lightning_gradmetrics.engine.tracing.axes import Axis
 from lightning_gradmetrics.engine.tracing.calls import has_tensors, map_arguments, sources_in, tensors_in
@@ -64,7 +64,7 @@ _FLAT = frozenset(
 """Functions through which no gradient flows."""
 
 
-class OwnershipPass(Tracer):
+class OwnershipPass(CollectingPass):
     """A forward pass without a plan: two backward passes identify the owner of each row, and rows are grouped by owner.
 
     Args:
@@ -95,7 +95,7 @@ class OwnershipPass(Tracer):
         if self._silence.depth:
             return func(*args, **kwargs)
         result = self._run(func, args, kwargs)
-        if not (self._backward or self._open):
+        if not self._open:
             self.outline.add(func, args, kwargs, result)
         return result
 
@@ -107,8 +107,6 @@ class OwnershipPass(Tracer):
             return result
         if self._opens(func):
             return self._inside(func, args, kwargs)
-        if self._backward:
-            raise self._refused(sources, "it runs again in the backward pass")
         return self._with_parameters(func, sources, args, kwargs)
 
     def _note_constants(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
@@ -248,10 +246,6 @@ class OwnershipPass(Tracer):
         finally:
             self._weighted = False
         self.backward(logits, last, gradient)
-
-    def _intercepts_backward(self) -> bool:
-        """Return True: a call that is repeated in the backward pass is refused."""
-        return True
 
     def _rows_arrive(
         self,

@@ -13,6 +13,7 @@ from torch.overrides import _get_current_function_mode_stack
 
 from lightning_gradmetrics.classifier.notices import RANDOM, first_time
 from lightning_gradmetrics.engine.passes.agreement import VerificationNotes
+from lightning_gradmetrics.engine.passes.collecting_pass import CollectingPass
 from lightning_gradmetrics.engine.passes.folding import FoldingTracer
 from lightning_gradmetrics.engine.passes.gather import MomentTable
 from lightning_gradmetrics.engine.passes.known_calls import KnownPath
@@ -54,11 +55,11 @@ MOST_PATHS = 64
 LONGEST_PAUSE = 64
 """Largest number of batches after a change of the calls until they are recorded again."""
 
-Checks = Callable[[Tensor, Tracer], None]
+Checks = Callable[[Tensor, CollectingPass], None]
 """Gets the logits of a batch, and the tracer of the forward pass."""
 
 
-def unchecked(logits: Tensor, tracer: Tracer) -> None:
+def unchecked(logits: Tensor, tracer: CollectingPass) -> None:
     """Accept logits that have been checked before."""
 
 
@@ -249,7 +250,7 @@ def collect_fast(
         SelectsRefused: If the model changes a selected entry of a tensor in place.
     """
     freeze(task)
-    tracer: Tracer
+    tracer: CollectingPass
     sink = table.add if rows is None else rows.sink(table.add)
     if plan is None:
         tracer = OwnershipPass(task.parameters, task.size, sink, task.model.buffers())
@@ -319,11 +320,11 @@ def collect_on_path(
 
 
 def _collect_gradients(
-    table: MomentTable, task: Task, tracer: Tracer | DirectPass, logits: Tensor, merged: bool = False
+    table: MomentTable, task: Task, tracer: CollectingPass | DirectPass, logits: Tensor, merged: bool = False
 ) -> None:
     """Fill a table by one backward pass per objective; if ``merged``, only with moments over all parameters."""
     scaled = [task.unit_gradient(index, logits) for index in range(len(table.task.objectives))]
-    rows, outline = (tracer.rows, tracer.outline) if isinstance(tracer, Tracer) else (None, None)
+    rows, outline = (tracer.rows, tracer.outline) if isinstance(tracer, CollectingPass) else (None, None)
     for index, (gradient, undo) in enumerate(scaled):
         table.begin(index, undo)
         if rows is not None:
@@ -342,7 +343,7 @@ def freeze(task: Task) -> None:
             parameter.requires_grad_(False)
 
 
-def _forward_with_notes(task: Task, tracer: Tracer, notes: VerificationNotes) -> Tensor:
+def _forward_with_notes(task: Task, tracer: CollectingPass, notes: VerificationNotes) -> Tensor:
     """Return the logits, and record parameters that are used outside of calls of torch functions.
 
     The tracer replaces parameters in every call that it intercepts. If the graph still reaches one, a use was missed.

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,61 +12,46 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import _StopRecomputationError
 
-from lightning_gradmetrics.engine.derivation import pulled_back
-from lightning_gradmetrics.engine.passes.agreement import VerificationNotes
+from lightning_gradmetrics.engine.passes.collecting_pass import CollectingPass, Sink
 from lightning_gradmetrics.engine.passes.copied_parameters import aligned_copies, broadcast_arguments, mapped_call
 from lightning_gradmetrics.engine.passes.plan import Plan, PlanError, Source, Step
-from lightning_gradmetrics.engine.passes.row_sums import RowSums
 from lightning_gradmetrics.engine.passes.sorted_rows import GroupedProduct, LookUp, SortedCall
-from lightning_gradmetrics.engine.passes.tracer_state import TracerState
 from lightning_gradmetrics.engine.rules import RULES, Call, Rule, bind
 from lightning_gradmetrics.engine.tracing.axes import Axis, axis_of
 from lightning_gradmetrics.engine.tracing.calls import (
-    Silence,
     has_tensors,
     map_arguments,
     opened,
     sources_in,
     tensors_in,
 )
-from lightning_gradmetrics.engine.tracing.graph import Copies, gradients_at, saves_through_hooks
-from lightning_gradmetrics.engine.uses import RowsUse, Use, combined
+from lightning_gradmetrics.engine.tracing.graph import Copies, saves_through_hooks
 
 __all__ = ["Tracer"]
 
-Sink = Callable[[str, Use], None]
-_UNGUARDED = nullcontext()
 
+class Tracer(CollectingPass):
+    """A forward pass that follows a plan: each call that involves a chosen parameter runs as its step of the plan says.
 
-class Tracer(TracerState):
-    """A forward pass that passes the per-sample gradients of chosen parameters to ``sink`` in each backward pass.
-
-    The parameters must not require gradients. The mode is active during the forward pass and, for activation
-    checkpoints, the backward pass.
+    The mode is active during the forward pass and, for activation checkpoints, the backward pass.
 
     Args:
         plan: The plan of the calls.
-        parameters: The chosen parameters by name.
+        parameters: The chosen parameters by name; they must not require gradients.
         size: The number of samples.
         sink: Called once per parameter and backward pass, as soon as the gradient of its last use arrives.
         free: Whether an axis with several positions per sample may have a different number than planned, as for
             sequences of a different length.
     """
 
+    may_reenter = True
+    """Whether reentrant activation checkpoints may start nested backward passes, which need a backward pass that adds to ``.grad``."""
+
     def __init__(self, plan: Plan, parameters: Mapping[str, Tensor], size: int, sink: Sink, free: bool = False) -> None:
-        super().__init__(plan, parameters, size)
-        self.sink, self.free = sink, free
-        self.times: list[int] = []
-        self._leaves: dict[str, Tensor] = {}
-        self._derived: dict[Source, Tensor] = {}
-        self._pending: defaultdict[str, list[Use]] = defaultdict(list)
-        self.position = 0
+        super().__init__(plan, parameters, size, sink)
+        self.free, self.position = free, 0
         self._delayed: list[Step] = []
-        self._backward = self._checkpoints = self._recomputes = False
-        self._silence = Silence(self.device.type)
-        self._collecting, self._last = True, False
-        self.notes: VerificationNotes | None = None
-        self.rows: RowSums | None = None
+        self._recomputes = False
 
     # -- forward ------------------------------------------------------------------------------------------------------
 
@@ -165,20 +149,6 @@ class Tracer(TracerState):
             self._roots[source] = names
         return result
 
-    def _leaf(self, tensor: Tensor) -> Tensor:
-        """Return a parameter's leaf in the graphs of derived tensors; any other tensor unchanged."""
-        name = self._tracked.get(id(tensor))
-        if not isinstance(name, str) or tensor is not self.parameters[name]:
-            return tensor
-        if name not in self._leaves:
-            self._leaves[name] = self._new_leaf(tensor)
-            self._tracked[id(self._leaves[name])] = name
-            self.outline.add_leaf(self._leaves[name], tensor)
-        return self._leaves[name]
-
-    def _new_leaf(self, parameter: Tensor) -> Tensor:
-        return parameter.detach().requires_grad_()
-
     def _rule(self, step: Step, args: Any, kwargs: Any) -> Any:
         """Run the call unchanged and register a hook on the output."""
         rule = RULES[step.function]
@@ -262,11 +232,6 @@ class Tracer(TracerState):
         self.times.append(axis.times)
         return axis
 
-    def _expect(self, source: Source) -> None:
-        if self._collecting:
-            for name in self._roots[source]:
-                self._expected[name] += 1
-
     def _copies(self, tensor: Tensor) -> Tensor:
         """Return a copy of a parameter or derived tensor for each sample."""
         source = self._tracked[id(tensor)]
@@ -308,92 +273,15 @@ class Tracer(TracerState):
 
     # -- backward -----------------------------------------------------------------------------------------------------
 
-    def collect(self, logits: Tensor, gradient: Tensor, last: bool) -> None:
-        """Collect the gradients of an objective from its gradient with respect to the logits, ``(N, C)``.
-
-        The graph is freed after the last objective's.
-        """
-        self.backward(logits, last, gradient)
-
-    def backward(self, total: Tensor, last: bool = True, gradient: Tensor | None = None) -> None:
-        """Run the backward pass with a gradient (1 for a scalar); the sink receives every reached parameter once."""
-        self._backward, self._last, delayed = True, last, list(self._delayed)
-        intercepted = self if self._recomputes or self._delayed else nullcontext()
+    def _run_backward(self, total: Tensor, gradient: Tensor | None, last: bool) -> None:
+        """Run the backward pass; calls that a checkpoint repeats in it are those of planned steps."""
+        delayed = list(self._delayed)
+        intercepted = self if self._recomputes or delayed else nullcontext()
         try:
-            with intercepted, torch.autograd.set_multithreading_enabled(False):
-                if total.requires_grad and delayed and self.may_reenter:
+            with intercepted:
+                if delayed and self.may_reenter:
                     opened(torch.autograd.backward)(total, gradient, retain_graph=not last)
-                elif total.requires_grad:
-                    gradients_at(total, [self.anchor], gradient, not last)
+                else:
+                    super()._run_backward(total, gradient, last)
         finally:
-            self._backward, self._collecting, self._delayed = False, True, delayed
-        for name in list(self._pending):
-            self._finish(name)
-
-    def _rule_gradient(
-        self, found: Rule, call: Call, slots: Mapping[str, Source], version: int, g: Tensor | None
-    ) -> None:
-        if g is None:
-            raise PlanError("a custom autograd function returns no gradient for a layer's output")
-        if call.values["input"]._version != version:
-            raise PlanError("a layer's input was changed in place after its use")
-        with self._silence, self._guarded(slots.values()):
-            self._scale(slots.values(), call.values["input"], g, call.out)
-            rows = found.split(call.out, g)
-            if self.rows is not None:
-                self.rows.add(found, call, slots, rows)
-            for slot, use in found.uses(call, rows):
-                self._arrive(slots[slot], use)
-        if self._last:  # the graph keeps this hook, and so the layer's input, until the whole pass ends
-            call.values.clear()
-
-    def _sorted_gradient(self, call: SortedCall, g: Tensor) -> None:
-        if call.is_changed():
-            raise PlanError("a layer's input was changed in place after its use")
-        with self._silence, self._guarded(call.sources):
-            if self.notes is not None:
-                self._scale(call.sources, *call.factors(g), call.axis)
-            if self.rows is not None:
-                self.rows.leave_out(self._names(call.sources))
-            for source, use in call.uses(g):
-                self._arrive(source, use)
-        if self._last:
-            call.clear()
-
-    def _guarded(self, sources: Iterable[Source]) -> AbstractContextManager[None]:
-        """During verification, attribute an error to the parameters that it concerns."""
-        return _UNGUARDED if self.notes is None else self.notes.guarding(self._names(sources))
-
-    def _names(self, sources: Iterable[Source]) -> set[str]:
-        """Return the names of the parameters behind some sources."""
-        return set().union(*map(self._roots.__getitem__, sources))
-
-    def _copy_gradient(self, source: Source, g: Tensor) -> None:
-        with self._silence, self._guarded([source]):
-            self._scale([source], g, g)
-            if self.rows is not None:
-                self.rows.leave_out(self._names([source]))
-            self._arrive(source, RowsUse(g))
-
-    def _scale(self, sources: Iterable[Source], x: Tensor, g: Tensor, axis: Axis | None = None) -> None:
-        """Record the magnitude of a gradient's terms during verification."""
-        if self.notes is not None:
-            with self._silence:
-                self.notes.add_scale(self._names(sources), x, g, axis or Axis(0))
-
-    def _arrive(self, source: Source, use: Use) -> None:
-        if not self._backward:
-            raise PlanError("the model computes gradients in its forward pass")
-        names, derived = self._roots[source], self._derived.get(source)
-        uses = [use] if derived is None else pulled_back(use, derived, [*map(self._leaves.__getitem__, names)])
-        for name, part in zip(names, uses, strict=True):
-            self._pending[name].append(part)
-            if len(self._pending[name]) == self._expected[name] and not self._checkpoints:
-                self._finish(name)
-
-    def _finish(self, name: str) -> None:
-        if self._silence.depth and self.notes is None:
-            self.sink(name, combined(self._pending.pop(name)))
-            return
-        with self._silence, self._guarded([name]):
-            self.sink(name, combined(self._pending.pop(name)))
+            self._collecting, self._delayed = True, delayed

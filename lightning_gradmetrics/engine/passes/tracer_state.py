@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
@@ -29,16 +28,13 @@ _BATCH_NORM = F.batch_norm if F.batch_norm.__code__.co_filename == F.__file__ el
 
 
 class TracerState(OpeningMode):
-    """The notes of a tracer. Each is made when it is first used, because a known path needs few of them.
+    """What a forward pass notes of its calls. Each note is made when it is first used, because a known path needs few of them.
 
     Args:
         plan: The plan of the calls.
         parameters: The chosen parameters by name.
         size: The number of samples.
     """
-
-    may_reenter = True
-    """Whether reentrant activation checkpoints may start nested backward passes, which need a backward pass that adds to ``.grad``."""
 
     def __init__(self, plan: Plan, parameters: Mapping[str, Tensor], size: int) -> None:
         super().__init__()
@@ -159,11 +155,6 @@ class TracerState(OpeningMode):
     def _roots(self) -> dict[Source, tuple[str, ...]]:
         """The parameters behind each source."""
         return {name: (name,) for name in self.parameters}
-
-    @cached_property
-    def _expected(self) -> Counter[str]:
-        """The number of uses of each parameter."""
-        return Counter()
 
 
 def _batch_norm_arguments(
