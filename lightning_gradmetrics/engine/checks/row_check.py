@@ -17,7 +17,7 @@ from lightning_gradmetrics.gradients.precision import rounding
 __all__ = ["check_row_owners"]
 
 
-def check_row_owners(table: MomentTable, task: Task, plan: Plan | None, free: bool, state: ForwardState) -> None:
+def check_row_owners(table: MomentTable, task: Task, plan: Plan, free: bool, state: ForwardState) -> None:
     """Compute the moments again, with the gradient of each sample scaled by another power of two.
 
     The scales are undone at the end, so they change nothing, unless a row is assigned to a sample that it does not

@@ -30,7 +30,6 @@ from lightning_gradmetrics.gradients.scaling import rescaled_moments
 __all__ = [
     "MOST_VERIFIED",
     "check_draw",
-    "Compared",
     "check_reader_paths",
     "check_sample",
     "check_some_samples",
@@ -109,7 +108,7 @@ def verify_by_samples(
     while numbers:
         for number in numbers:
             if number in readers:
-                outlines[number] = check_reader(table, names, laid_out, state, number, notes=notes)
+                outlines[number] = _check_reader(table, names, laid_out, state, number, notes=notes)
                 continue
             is_outlined = compared is not None or number == notes.sample
             outlines[number] = check_sample(table, names, laid_out, state, number, notes=notes, is_outlined=is_outlined)
@@ -117,7 +116,7 @@ def verify_by_samples(
     if compared is not None:
         found = _with_gradients(table, names, outlines)
         for number, outline in outlines.items():
-            note_compared(compared, outline.path, found[number])
+            _note_compared(compared, outline.path, found[number])
     return outlines[notes.sample]
 
 
@@ -246,11 +245,11 @@ def check_reader_paths(
     found = _with_gradients(table, names, paths)
     for number, path in paths.items():
         if not found[number] <= compared.get(path, set()):
-            check_reader(table, names, laid_out, state, number)
-            note_compared(compared, path, found[number])
+            _check_reader(table, names, laid_out, state, number)
+            _note_compared(compared, path, found[number])
 
 
-def note_compared(compared: Compared, path: int, found: set[tuple[int, str]]) -> None:
+def _note_compared(compared: Compared, path: int, found: set[tuple[int, str]]) -> None:
     """Extend what was compared on a path."""
     if len(compared) >= MOST_COMPARED:
         compared.clear()
@@ -270,7 +269,7 @@ def _with_gradients(
     return found
 
 
-def check_reader(
+def _check_reader(
     table: MomentTable,
     names: Collection[str],
     laid_out: Task,

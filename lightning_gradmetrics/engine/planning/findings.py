@@ -54,7 +54,7 @@ class Findings(NamedTuple):
         reads_inside: Whether a torch call reads a number of the samples itself.
         layouts: The layout of each tensor with samples, by serial number; ``None`` if samples are not proven to stay apart.
         masks: What a plan expects of masks that select rows.
-        reason: Why the layout of rows may depend on the data; ``""`` if it cannot.
+        is_by_data: Whether the layout of rows may depend on the data.
         mixes: Whether an operation may combine samples.
         sorted: The tensors with rows in the order of a sort: the number of its indices, by serial number.
         unused: The numbers of the calls whose results do not reach the logits.
@@ -65,7 +65,7 @@ class Findings(NamedTuple):
     reads_inside: bool
     layouts: dict[int, Layout] | None
     masks: tuple[int | None, ...]
-    reason: str
+    is_by_data: bool
     mixes: bool
     sorted: dict[int, int]
     unused: frozenset[int] = frozenset()
@@ -95,8 +95,7 @@ def findings_of(task: Task, two: Traced, three: Traced, state: ForwardState, ran
 
 def without_proof(findings: Findings) -> Findings:
     """Return the findings as if the order of the rows were unknown."""
-    reason = choice_by_data(*findings.operations) or "rows are sorted by the data"
-    return findings._replace(layouts=None, reason=reason, sorted={})
+    return findings._replace(layouts=None, is_by_data=True, sorted={})
 
 
 def _findings(two: Traced, three: Traced, unused: Collection[int]) -> Findings:
@@ -107,13 +106,13 @@ def _findings(two: Traced, three: Traced, unused: Collection[int]) -> Findings:
         used_operations(many, [three.logits], unused),
     )
     reads_inside, selection = hides_reads(many.operations), selection_of_samples(*operations)
-    reason = choice_by_data(*operations, strict=False)
-    proof = Proof(None, False, {}) if reason else proof_of(*operations, many.samples, end)
+    is_by_data = bool(choice_by_data(*operations, strict=False))
+    proof = Proof(None, False, {}) if is_by_data else proof_of(*operations, many.samples, end)
     masks = planned_masks(three.calls, many, operations[1])
     hidden = has_hidden_results(two.operations, many, three.calls.calls, three.logits)
     layouts = None if hidden or reads_inside or masks is None else proof.layouts
     mixes = hidden
     if layouts is None:
-        reason = choice_by_data(*operations)
-        mixes = hidden or (not reason and (proof.regroups or mixes_samples(*operations, end)))
-    return Findings(operations, selection, reads_inside, layouts, masks or (), reason, mixes, proof.sorted)
+        is_by_data = bool(choice_by_data(*operations))
+        mixes = hidden or (not is_by_data and (proof.regroups or mixes_samples(*operations, end)))
+    return Findings(operations, selection, reads_inside, layouts, masks or (), is_by_data, mixes, proof.sorted)

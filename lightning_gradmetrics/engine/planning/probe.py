@@ -49,7 +49,6 @@ class Probe:
         logits: Their logits ``(3, C)`` with the graph.
         after: The state of the model after their forward pass, which their backward pass needs.
         plan: The plan; ``None`` if the calls or the order of rows depend on the data.
-        reason: Why there is no plan.
         reads_activations: Whether Python, or a torch call itself, reads a value that depends on samples and parameters.
         alone_because: Why each sample must run alone; empty if there is no reason.
         proven: Whether every operation is known to keep the samples apart, while Python reads the same values.
@@ -67,7 +66,6 @@ class Probe:
     logits: Tensor
     after: ForwardState
     plan: Plan | None
-    reason: str
     reads_activations: bool
     alone_because: str
     proven: bool
@@ -77,8 +75,8 @@ class Probe:
     random: bool
     pauses_gradients: bool
     bytes: int
-    parts: tuple[tuple[Sequence[int], Tensor], ...] = ()
-    operations: frozenset[str] = frozenset()
+    parts: tuple[tuple[Sequence[int], Tensor], ...]
+    operations: frozenset[str]
 
     @cached_property
     def losses(self) -> list[tuple[Tensor, Tensor]]:
@@ -114,7 +112,7 @@ def probe_model(task: Task) -> Probe:
     (small, _, _, outline_of_two), (large, logits, many, outline_of_three) = two, traced
     if found.selection:
         raise coupled_model(f"{found.selection!r} of the samples in {type(task.model).__name__}")
-    reason, layouts, masks = found.reason, found.layouts, found.masks
+    layouts = found.layouts
     reads = planned_reads(small, large, many, layouts or {})
     sizes, combines = None, False
     if layouts is not None:
@@ -123,41 +121,53 @@ def probe_model(task: Task) -> Probe:
         combines, backward = (False, None) if random else backward_findings(two, traced, found.operations, three)
         sizes = None if sizes is None or backward is None else replace(sizes, backward=backward)
     plan: Plan | None = None
-    changes: Changes = ()
+    changes: Changes | None = ()
     meeting -= (sorts or {}).keys()
     if layouts is None or not _one_position_each(small, large, meeting):
-        known = None if layouts is None else _changes_by_layout(small, large, many, layouts, meeting)
-        if known is None:
-            known, moved = _changes_by_sample(_Runs(three, small, large, state), logits, reason, meeting)
-            reason = reason or moved
-        changes = known
-    if not reason:
+        changes = None if layouts is None else _changes_by_layout(small, large, many, layouts, meeting)
+        if changes is None:
+            changes = _changes_by_sample(_Runs(three, small, large, state), logits, found.is_by_data, meeting)
+    if changes is not None and not found.is_by_data:
         try:
             plan = make_plan(small, large, lambda: three.unit_losses(0, logits)[0][0], changes, found.unused, sorts)
-        except (PlanError, ValueError) as error:
-            reason = str(error)
+        except (PlanError, ValueError):
             layouts = None if sorts else layouts  # each batch of the plan would compare groups with the sort
-    if plan is not None and plan.undecided:
-        plan, reason = None, "no probe shows the order of rows on an axis with several positions per sample"
+    if plan is not None and plan.undecided:  # on an axis with several positions per sample the order of rows is unknown
+        plan = None
     if plan is not None:
-        folds = {} if sizes is None else find_folds(plan, large, many, three)
-        lays_out = sizes is not None and not random and can_lay_out(plan, large, many)
-        selects = has_repeated_selects(large)
-        plan = replace(plan, reads=reads, masks=masks, folds=folds, lays_out=lays_out, selects=selects)
-        follows = sizes is not None and sizes.backward is not None
-        images = any(map(_normalises_images, many.operations))
-        plan = replace(plan, follows_backward=follows, normalises_images=images)
-        plan = replace(plan, normalises_instances=any(is_instance_norm(call.function) for call in large.calls))
-    activations = found.reads_inside or reads_activations(many.operations)
+        plan = replace(
+            plan,
+            reads=reads,
+            masks=found.masks,
+            folds={} if sizes is None else find_folds(plan, large, many, three),
+            lays_out=sizes is not None and not random and can_lay_out(plan, large, many),
+            selects=has_repeated_selects(large),
+            follows_backward=sizes is not None and sizes.backward is not None,
+            normalises_images=any(map(_normalises_images, many.operations)),
+            normalises_instances=any(is_instance_norm(call.function) for call in large.calls),
+        )
     alone = "a number computed from all samples enters the forward pass" if uses_totals(found.operations[1]) else ""
     if outline_of_three.has_hooks:
         alone = HOOKS
     elif combines:
         alone = MAY_COMBINE
-    parts, size = parts_of_batch(task, two.logits, logits), large.bytes() // 3 + 1
-    seen = activations, alone, layouts is not None, found.mixes, reads, sizes, random, large.pauses_gradients
-    names = frozenset(operation.name for operation in many.operations)
-    return Probe(three, logits, after, plan, reason, *seen, size, parts, names)
+    return Probe(
+        three,
+        logits,
+        after,
+        plan,
+        reads_activations=found.reads_inside or reads_activations(many.operations),
+        alone_because=alone,
+        proven=layouts is not None,
+        mixes=found.mixes,
+        reads=reads,
+        sizes=sizes,
+        random=random,
+        pauses_gradients=large.pauses_gradients,
+        bytes=large.bytes() // 3 + 1,
+        parts=parts_of_batch(task, two.logits, logits),
+        operations=frozenset(operation.name for operation in many.operations),
+    )
 
 
 def _normalises_images(operation: Operation) -> bool:
@@ -308,29 +318,29 @@ class _Runs:
         return watching.where or type(self.task.model).__name__
 
 
-def _changes_by_sample(runs: _Runs, logits: Tensor, irregular: str, meeting: Collection[int]) -> tuple[Changes, str]:
-    """Return the positions that change with each sample, for calls with parameters; or why they are unknown.
+def _changes_by_sample(runs: _Runs, logits: Tensor, is_by_data: bool, meeting: Collection[int]) -> Changes | None:
+    """Return the positions that change with each sample, for calls with parameters; ``None`` if other samples change the calls.
 
     Raises:
         CoupledSamplesError: If the logits of a sample, or a row that meets a parameter, change with another sample.
     """
-    only = set() if irregular else meeting
+    only = set() if is_by_data else meeting
     base, _ = runs.run(runs.task, only)
     traces, others = [], []
     for number in range(3):
-        trace, other = _replaced(runs, number, logits.detach(), only, bool(irregular) or base is None)
+        trace, other = _replaced(runs, number, logits.detach(), only, is_by_data or base is None)
         traces.append(trace)
         others.append(other)
     same = [trace for trace in traces if trace is not None]
     if base is None or len(same) < 3:
-        return (), "it makes different calls for different samples"
+        return None
     changes = changed_positions(base, same)
     for rows in changes:
         for changed in rows:
             if changed is not None and int(changed.sum(0).max()) > 1:
                 number = _first_foreign(changed)
                 raise runs.coupling(others[number], number, logits.detach())
-    return changes, ""
+    return changes
 
 
 def _first_foreign(changed: Tensor) -> int:
