@@ -91,14 +91,9 @@ class DirectPass(PathCheck):
 
     def _hold(self, held: HeldStep, args: Any, kwargs: Any) -> Tensor:
         """Run a step, and note the edge of the graph at its result."""
-        rule = held.rule
-        values = bind(rule, args, kwargs) or {}
+        values = bind(held.rule, args, kwargs) or {}
         version = values["input"]._version
-        if held.run is None:
-            args, kwargs = rule.made_dense(values, args, kwargs)
-            result: Tensor = held.step.function(*args, **kwargs)
-        else:
-            result = held.run(rule.dense_values(values))
+        result = self._computed(held, values, args, kwargs)
         self._held.append((held, values, version))
         if self._path.is_pure:  # a result that is changed in place must not be a leaf
             self._ends.append(result if result.requires_grad else result.requires_grad_())
@@ -106,6 +101,14 @@ class DirectPass(PathCheck):
         result = with_graph(result, self._anchor)
         node: Any = result.grad_fn
         self._ends.append(GradientEdge(node, result.output_nr))
+        return result
+
+    def _computed(self, held: HeldStep, values: dict[str, Any], args: Any, kwargs: Any) -> Tensor:
+        """Return the result of a step."""
+        if held.run is not None:
+            return held.run(held.rule.dense_values(values))
+        args, kwargs = held.rule.made_dense(values, args, kwargs)
+        result: Tensor = held.step.function(*args, **kwargs)
         return result
 
     def collect(self, logits: Tensor, gradient: Tensor, last: bool) -> None:
@@ -122,13 +125,16 @@ class DirectPass(PathCheck):
             gradients = gradients_at(logits, self._ends, gradient, not last)
         with Silence(self._device.type):
             for (held, values, version), of_result in zip(self._held, gradients, strict=True):
-                if of_result is None:
-                    continue
-                if values["input"]._version != version:
-                    raise PlanError("a layer's input was changed in place after its use")
-                call = Call(values, held.axis, held.out, held.names)
-                for slot, use in held.rule.uses(call, held.rule.split(held.out, of_result)):
-                    self._sink(held.slots[slot], use)
+                if of_result is not None:
+                    self._send(held, values, version, of_result)
+
+    def _send(self, held: HeldStep, values: dict[str, Any], version: int, g: Tensor) -> None:
+        """Pass the uses of a step's parameters to the sink, from the gradient of its result."""
+        if values["input"]._version != version:
+            raise PlanError("a layer's input was changed in place after its use")
+        call = Call(values, held.axis, held.out, held.names)
+        for slot, use in held.rule.uses(call, held.rule.split(held.out, g)):
+            self._sink(held.slots[slot], use)
 
 
 class KnownTracer(PathFollower, Tracer):

@@ -19,7 +19,7 @@ from lightning_gradmetrics.engine.passes.known_path import DirectPass
 from lightning_gradmetrics.engine.passes.path_check import PathChanged
 from lightning_gradmetrics.engine.passes.plan import PlanError
 from lightning_gradmetrics.engine.passes.shuffles import shuffled_images
-from lightning_gradmetrics.engine.rules import RULES, Call, bind
+from lightning_gradmetrics.engine.rules import RULES, bind
 from lightning_gradmetrics.engine.rules.folded import run_folded
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.engine.tracing.calls import Silence, sources_in
@@ -42,7 +42,6 @@ class LargePass(DirectPass):
 
     def __init__(self, path: KnownPath, task: Task, sink: Sink) -> None:
         super().__init__(path, task, sink)
-        self._anchor = torch.zeros((), device=self._device, requires_grad=True)
         self._silence = Silence(self._device.type)
         self._folded: dict[int, tuple[Tensor, Tensor]] = {}
         self._hidden: list[ReferenceType[Tensor]] = []
@@ -84,16 +83,13 @@ class LargePass(DirectPass):
 
     def _hold(self, held: HeldStep, args: Any, kwargs: Any) -> Tensor:
         """Run a step with a hook on its result."""
-        step, rule, norm = held.step, held.rule, held.norm
-        values = bind(RULES[step.function], args, kwargs) or {}
-        if norm is not None:
-            return self._fold(held, norm, values)
-        result = self._in_layout(step.function, values)
-        if result is None and held.run is not None:
-            result = held.run(rule.dense_values(values))
-        elif result is None:
-            args, kwargs = rule.made_dense(values, args, kwargs)
-            result = step.function(*args, **kwargs)
+        function = held.step.function
+        values = bind(RULES[function], args, kwargs) or {}
+        if held.norm is not None:
+            return self._fold(held, held.norm, values)
+        result = self._in_layout(function, values)
+        if result is None:
+            result = self._computed(held, values, args, kwargs)
         return self._hooked(held, values, result)
 
     def _in_layout(self, function: Any, values: dict[str, Any]) -> Tensor | None:
@@ -154,11 +150,7 @@ class LargePass(DirectPass):
     def _gradient(self, held: HeldStep, values: dict[str, Any], version: int, g: Tensor | None) -> None:
         if g is None:
             raise PlanError("a custom autograd function returns no gradient for a layer's output")
-        if values["input"]._version != version:
-            raise PlanError("a layer's input was changed in place after its use")
-        rule, slots = held.rule, held.slots
         with self._silence:
-            for slot, use in rule.uses(Call(values, held.axis, held.out, held.names), rule.split(held.out, g)):
-                self._sink(slots[slot], use)
+            self._send(held, values, version, g)
         if self._last:  # the graph keeps this hook, and so the layer's input, until the whole pass ends
             values.clear()
