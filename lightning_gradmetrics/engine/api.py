@@ -229,11 +229,23 @@ def gradient_statistics(  # type: ignore[misc]
             results = [_result(guarded[0], m, per_parameter) for m in guarded[1]]
             return results[0] if single else results
     is_auto = engine == "auto"
-    options = (wanted, memory, sample_axis, is_auto, is_auto and not per_parameter)
+    prepared = _task(
+        model,
+        inputs,
+        objectives,
+        parameters,
+        targets,
+        logits,
+        wanted,
+        memory=memory,
+        sample_axis=sample_axis,
+        may_assume=is_auto,
+        merged=is_auto and not per_parameter,
+    )
     with (
         exclusive(model),
         _started_ahead(model, inputs, targets) if engine == "compiled" and sample_axis == 0 else nullcontext(),
-        _task(model, inputs, objectives, parameters, targets, logits, *options) as task,
+        prepared as task,
     ):
         try:
             moments = ENGINES[engine](task) if engine in ("auto", "compiled") else _checked_moments(engine, task)
@@ -311,12 +323,16 @@ def _task(
     targets: Tensor | None,
     logits: Callable[[Any], Tensor],
     wanted: frozenset[Moment],
-    memory: int | None = None,
-    sample_axis: SampleAxis = 0,
-    may_assume: bool = False,
-    merged: bool = False,
+    *,
+    memory: int | None,
+    sample_axis: SampleAxis,
+    may_assume: bool,
+    merged: bool,
 ) -> Iterator[Task]:
-    """Yield the task with gradients enabled; the model is restored afterwards."""
+    """Yield the task with gradients enabled; the model is restored afterwards.
+
+    ``may_assume`` is whether inputs may be assumed to have one row per sample until a plan shows whether they do.
+    """
     with preserved(model) as record:
         if not record.layout.is_accepted:
             check_model(model, record.modules)

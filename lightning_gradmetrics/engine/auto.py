@@ -136,7 +136,7 @@ def _remember(task: Task, strategy: Strategy) -> None:
 
 def _by_strategy(task: Task) -> list[Moments]:
     """Return the moments by a known strategy, by a new one if none fits, or without a plan for this batch only."""
-    state, key, shapes = ForwardState(task.model, task.record), _kind(task), _shapes(task)
+    state, key, shapes = ForwardState(task.model, task.record), _kind(task), input_shapes(task)
     strategies = _known(task).get(key, [])
     if task.size > 2:
         strategies[:] = [strategy for strategy in strategies if not strategy.provisional]
@@ -170,7 +170,7 @@ def _by_new_strategy(task: Task, state: ForwardState) -> tuple[Strategy, list[Mo
     probed, failed = task, None
     for on_batch in (task.size > 3 and task.memory is None, False):
         strategy = _new_strategy(probed, state, on_batch)
-        strategy.shapes, strategy.failed = _shapes(task), failed
+        strategy.failed = failed
         is_verified = strategy.verified
         try:
             return strategy, _moments(task, strategy, state)
@@ -193,7 +193,7 @@ def _new_strategy(task: Task, state: ForwardState, on_batch: bool) -> Strategy:
     with reading_attributes(task.model) as read:
         strategy = make_strategy(task, on_batch)
     note_read(task.model, read)
-    strategy.shapes = _shapes(task)
+    strategy.shapes = input_shapes(task)
     state.restore()
     return strategy
 
@@ -201,7 +201,7 @@ def _new_strategy(task: Task, state: ForwardState, on_batch: bool) -> Strategy:
 def verified_strategy(task: Task) -> Strategy | None:
     """Return the strategy that has run on batches of this kind, shapes and size."""
     for strategy in _STRATEGIES.get(task.model, {}).get(_kind(task), []):
-        if (_shapes(task), task.size) in strategy.times:
+        if (input_shapes(task), task.size) in strategy.times:
             return strategy
     return None
 
@@ -238,10 +238,6 @@ def _kind(task: Task) -> Hashable:
 _SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 _DTYPE = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
 _HOOKS = torch.Tensor._backward_hooks.__get__  # type: ignore[union-attr]
-
-
-def _shapes(task: Task) -> Hashable:
-    return input_shapes(task.inputs, task.per_sample)
 
 
 # -- one batch --------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ def covers_backward(record: SizeRecord, outline: Outline, task: Task, state: For
         task: The batch.
         state: The state of the model before the batch.
     """
-    shapes = input_shapes(task.inputs, task.per_sample)
+    shapes = input_shapes(task)
     alone = None
     for calls in outline.backward:
         if calls.reads or calls.has_hooks:

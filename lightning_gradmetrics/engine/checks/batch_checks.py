@@ -54,7 +54,7 @@ class BatchChecks:
 
     def __init__(self, task: Task, strategy: Strategy, state: ForwardState) -> None:
         self.task, self.strategy, self.state = task, strategy, state
-        self.here = (input_shapes(task.inputs, task.per_sample), task.size)
+        self.here = (input_shapes(task), task.size)
         self.is_new = self.here not in strategy.times
         self.logits: list[Tensor] = []
         self.is_covered = self.hides_gradients = False

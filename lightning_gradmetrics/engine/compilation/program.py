@@ -72,7 +72,7 @@ class ProgramState:
         strides = tuple(map(Tensor.stride, tensors_in(task.inputs)))
         labels = None if task.targets is None else (task.targets.dtype, task.targets.stride())
         options = (task.objectives, task.wanted, task.memory, settings_of(device_of(task)), labels)
-        shapes = input_shapes(task.inputs, task.per_sample)
+        shapes = input_shapes(task)
         structure = (shapes, strides, task.per_sample, input_structure(task.inputs))
         attributes = attribute_key(task.model, self._record)
         return tuple(self._modules), attributes, tuple(task.parameters), structure, options

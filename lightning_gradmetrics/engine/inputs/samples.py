@@ -38,10 +38,10 @@ def input_structure(inputs: Any) -> Hashable:
     return inputs if isinstance(inputs, (bool, int, float, str, type(None))) else type(inputs).__name__
 
 
-def input_shapes(inputs: Any, per_sample: Sequence[bool]) -> Hashable:
+def input_shapes(task: Task) -> Hashable:
     """Return the shapes of all tensors in the inputs, without the sample axis."""
     shapes = []
-    for tensor, has_samples in zip(tensors_in(inputs), per_sample, strict=True):
+    for tensor, has_samples in zip(tensors_in(task.inputs), task.per_sample, strict=True):
         shapes.append(tuple(tensor.shape[1:] if has_samples else tensor.shape))
     return tuple(shapes)
 

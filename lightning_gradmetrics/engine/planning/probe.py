@@ -116,7 +116,7 @@ def probe_model(task: Task) -> Probe:
     reads = planned_reads(small, large, many, layouts or {})
     sizes, combines = None, False
     if layouts is not None:
-        sizes = size_record(outline_of_two, outline_of_three, input_shapes(three.inputs, three.per_sample))
+        sizes = size_record(outline_of_two, outline_of_three, input_shapes(three))
     if runs_custom_code(logits):
         combines, backward = (False, None) if random else backward_findings(two, traced, found.operations, three)
         sizes = None if sizes is None or backward is None else replace(sizes, backward=backward)
