@@ -15,7 +15,7 @@ from lightning_gradmetrics.classifier.preservation import preserved
 from lightning_gradmetrics.classifier.tensor_records import first_pass_watched
 from lightning_gradmetrics.compat.gradient_metrics.verification import Record
 from lightning_gradmetrics.engine.passes.plan import Plan, PlanError
-from lightning_gradmetrics.engine.planning.probe import changed_positions, outline
+from lightning_gradmetrics.engine.planning.replaced_samples import changed_positions, outline
 from lightning_gradmetrics.engine.planning.step_layouts import Changes
 from lightning_gradmetrics.engine.planning.steps import make_plan
 from lightning_gradmetrics.engine.tracing.axes import Axis, axis_between

@@ -353,10 +353,7 @@ class FoldingTracer(Tracer):
 class _PlainTracer(FoldingTracer):
     """Runs the same forward pass and collects nothing, so that autograd differentiates it."""
 
-    def _plain(self, step: Step, args: Any, kwargs: Any) -> Any:
-        return step.function(*args, **kwargs)
-
-    _derive = _broadcast = _vmap = _uncovered = _plain
+    _derive = _broadcast = _vmap = _uncovered = Tracer._plain
 
     def _unfolded(self, step: Step, args: Any, kwargs: Any) -> Any:
         rule = RULES[step.function]
