@@ -1,5 +1,5 @@
 """``python -m lightning_gradmetrics.cli``: the ``gradmetrics`` command."""
 
-from lightning_gradmetrics.cli.command import main
+from lightning_gradmetrics.cli.process import run_process
 
-main()
+run_process()

@@ -1,8 +1,7 @@
-"""The entry point of ``gradmetrics``; it imports torch only if something is to be run."""
+"""The command ``gradmetrics``; it imports torch only if something is to be run."""
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -71,7 +70,6 @@ def _run_hydra(arguments: Sequence[str]) -> None:
     import hydra
 
     hydra.main(version_base="1.3", config_path=str(configuration_directory()), config_name="config")(_job)()
-    gc.freeze()  # the collections at exit would visit every module, and take as long as an import
 
 
 def _job(config: DictConfig) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -16,8 +16,8 @@ Command = Callable[..., "CompletedProcess[str]"]
 
 
 @pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run ``gradmetrics ARGUMENTS`` in an empty folder; environment and import path are restored afterwards."""
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
+    """Run ``gradmetrics ARGUMENTS`` in an empty folder; environment, import path and modules are restored afterwards."""
 
     def run(*arguments: str) -> CompletedProcess[str]:
         monkeypatch.chdir(tmp_path)
@@ -34,4 +34,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         printed = capsys.readouterr()
         return CompletedProcess(list(arguments), code, printed.out, printed.err)
 
-    return run
+    yield run
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
+            del sys.modules[name]
