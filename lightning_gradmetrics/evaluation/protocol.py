@@ -68,7 +68,7 @@ def evaluate(
     scores go into bins, a note states how far an AUROC can be off, and random blocks of rows are resampled.
 
     Args:
-        results: Columns ``dataset``, ``index``, ``prediction``, ``label`` (null where unknown), one per score, and
+        results: Columns ``dataset``, ``index``, ``prediction``, ``label`` (null or negative where unknown), one per score, and
             ``finite`` (rows where it is false are left out of all metrics), as an Arrow table, record batches or
             dataset, a pandas or Polars data frame, the results directory of a run (``output=``), or a Parquet file.
         scores: The columns to evaluate, higher = more uncertain.
@@ -92,7 +92,7 @@ def evaluate(
 
     Raises:
         FileNotFoundError: If a directory contains no results.
-        TypeError: If the results are of an unknown kind.
+        TypeError: If the results are of an unknown kind, or the roles are no mapping.
         ValueError: If a column, a role or a score is missing, an argument is out of range, a row appears twice, or a
             directory lacks rows.
 
@@ -109,6 +109,7 @@ def evaluate(
         ICLR 2023.
     """
     _check(scores, baselines, baseline, rate, ood_share, level)
+    _check_roles(roles)
     resamples, seed = _whole("resamples", resamples), _whole("seed", seed)
     question = Question(list(scores), roles, rate, ood_share, resamples, level, seed, cluster, progress)
     judged = _judged(results, question, check_bins(bins))
@@ -224,6 +225,13 @@ def _check(
         raise ValueError("level must be between 0 and 1, e.g. 0.95")
     if check_rate(ood_share, "ood_share") == 1:
         raise ValueError("ood_share must be between 0 and 1, e.g. 0.5")
+
+
+def _check_roles(roles: Any) -> None:
+    if not isinstance(roles, Mapping) or not all(isinstance(role, str) for role in roles.values()):
+        raise TypeError(
+            f"roles must be a mapping from each dataset to its role, as in {{'mine': 'id', 'other': 'far'}}, got {roles!r}"
+        )
 
 
 def _whole(name: str, number: Any) -> int:

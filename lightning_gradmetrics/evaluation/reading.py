@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pyarrow.dataset import Dataset
     from typing_extensions import TypeIs
 
-__all__ = ["as_table", "chosen_columns", "finite_rows", "float_column", "is_dataset", "score_column"]
+__all__ = ["as_table", "chosen_columns", "finite_rows", "float_column", "is_dataset", "known_labels", "score_column"]
 
 
 def as_table(results: Any, columns: Sequence[str] | None = None, optional: Sequence[str] = ()) -> pa.Table:
@@ -112,6 +112,32 @@ def float_column(results: pa.Table, name: str) -> Any:
         f"the column {name!r} contains values of type {kind}; expected numbers, not {example!r}: convert it first, classes to "
         "the same numbers in predictions and labels, as by classes.index(name)"
     )
+
+
+def known_labels(label: Any, prediction: Any) -> tuple[Any, bool | None]:
+    """Return the labels with NaN for negative ones, which are unknown, and whether negative labels are classes.
+
+    They are classes if a prediction is negative too, as those of a classifier of -1 and 1.
+
+    Args:
+        label: The labels ``(N,)``, NaN where unknown.
+        prediction: The predictions ``(N,)``.
+
+    Returns:
+        The labels ``(N,)``; and whether negative labels are classes, ``None`` if no label is negative.
+
+    Example:
+        >>> known_labels(np.array([-1.0, 1.0]), np.array([0.0, 1.0]))
+        (array([nan,  1.]), False)
+        >>> known_labels(np.array([-1.0, 1.0]), np.array([-1.0, 1.0]))
+        (array([-1.,  1.]), True)
+    """
+    is_negative = label < 0
+    if not is_negative.any():
+        return label, None
+    if (prediction < 0).any():
+        return label, True
+    return np.where(is_negative, np.nan, label), False
 
 
 def score_column(results: pa.Table, name: str) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lightning_gradmetrics.evaluation.reading import finite_rows, float_column
+from lightning_gradmetrics.evaluation.reading import finite_rows, float_column, known_labels
 
 __all__ = ["CORRECT", "ID", "INCORRECT", "KINDS", "OUT", "UNLABELLED", "RowClass", "RowSorter", "dataset_numbers"]
 
@@ -65,6 +65,7 @@ class RowSorter:
         self.sizes = np.zeros(len(self.kinds), dtype=np.int64)
         self.totals = np.zeros(len(self.names), dtype=np.int64)
         self.labelled = np.zeros(len(self.names), dtype=np.int64)
+        self._are_negative_classes: bool | None = None
 
     def sort(self, table: pa.Table, scores: Sequence[str], places: Any = None) -> tuple[Any, Any]:
         """Return the class of each row ``(N,)``, uint8, and whether it can be ranked ``(N,)``, bool; count the rows.
@@ -78,11 +79,12 @@ class RowSorter:
             places: The result of :meth:`places`, if it is known.
 
         Raises:
-            ValueError: If a dataset has no role.
+            ValueError: If a dataset has no role, or it is unknown whether negative labels are classes.
         """
         datasets = self.places(table) if places is None else places
         keep = finite_rows(table, scores)
-        label, prediction = float_column(table, "label"), float_column(table, "prediction")
+        prediction = float_column(table, "prediction")
+        label = self._labels(table, prediction)
         is_labelled = ~np.isnan(label) & ~np.isnan(prediction)
         kind = np.where(is_labelled, label != prediction, len(KINDS_OF_ID) - 1).astype(np.uint8)
         is_id = np.array([role == ID for role in self.roles.values()], dtype=bool)
@@ -92,6 +94,18 @@ class RowSorter:
         self.totals += np.bincount(datasets, minlength=len(self.names))
         self.labelled += np.bincount(datasets[keep & is_labelled], minlength=len(self.names))
         return codes, keep
+
+    def _labels(self, table: pa.Table, prediction: Any) -> Any:
+        """Return the label of each row ``(N,)``, NaN where it is unknown."""
+        label, are_classes = known_labels(float_column(table, "label"), prediction)
+        if are_classes is not None:
+            if self._are_negative_classes not in (None, are_classes):
+                raise ValueError(
+                    "some labels are negative, and only a part of the rows has negative predictions, so it is unknown whether these "
+                    "labels are classes: number the classes from 0, and set unknown labels to null"
+                )
+            self._are_negative_classes = are_classes
+        return label
 
     def places(self, table: pa.Table) -> Any:
         """Return the number ``(N,)`` of each row's dataset among the roles.

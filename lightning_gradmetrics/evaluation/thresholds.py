@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lightning_gradmetrics.classifier.hints import did_you_mean
-from lightning_gradmetrics.evaluation.reading import as_table, finite_rows, float_column
+from lightning_gradmetrics.evaluation.reading import as_table, finite_rows, float_column, known_labels
 from lightning_gradmetrics.evaluation.risk_rules import JointRisk, LearnThenTest, SelectiveRisk
 from lightning_gradmetrics.evaluation.row_classes import ID, dataset_numbers
 from lightning_gradmetrics.evaluation.rules import Conformal, Coverage, Rule, TruePositiveRate
@@ -170,7 +170,8 @@ def fit_rule(results: Any, scores: Sequence[str], rule: Rule, roles: Mapping[str
     is_ood = _is_ood(table, roles)
     incorrect = np.zeros(len(table), dtype=bool)
     if rule.needs_labels:
-        label, prediction = float_column(table, "label"), float_column(table, "prediction")
+        prediction = float_column(table, "prediction")
+        label, _ = known_labels(float_column(table, "label"), prediction)
         keep &= is_ood | (~np.isnan(label) & ~np.isnan(prediction))
         incorrect = label != prediction
     if not isinstance(rule, JointRisk):
@@ -216,7 +217,8 @@ def count_accepted(results: Any, thresholds: Thresholds) -> list[dict[str, Any]]
         ValueError: If the results lack a score that has a threshold.
     """
     table = thresholds.apply(results)
-    label, prediction = float_column(table, "label"), float_column(table, "prediction")
+    prediction = float_column(table, "prediction")
+    label, _ = known_labels(float_column(table, "label"), prediction)
     labelled = ~np.isnan(label) & ~np.isnan(prediction)
     columns: dict[str | None, str] = {score: f"{score}_accept" for score in thresholds.values}
     if thresholds.together:

@@ -139,6 +139,26 @@ def test_no_labels_and_one_class():
     assert '100 of 300 rows of "test" have no label: misclassification ignores them' in found.notes
 
 
+def test_negative_labels_are_unknown_unless_predictions_are_negative():
+    rows = len(table())
+    unknown = evaluate(
+        table(label=pa.array([0] * 200 + [None] * (rows - 200), pa.int64())), ["good"], ROLES, resamples=0
+    )
+    negative = table(label=pa.array([0] * 200 + [-1] * (rows - 200), pa.int64()))
+    for bins in (None, 1024):
+        found = evaluate(negative, ["good"], ROLES, resamples=0, bins=bins)
+        assert '100 of 300 rows of "test" have no label: misclassification ignores them' in found.notes
+        assert found.datasets == unknown.datasets
+    assert evaluate(negative, ["good"], ROLES, resamples=0).metrics == unknown.metrics
+    signs = table(label=np.full(rows, -1), prediction=2 * table()["prediction"].to_numpy() - 1)
+    assert (
+        evaluate(signs, ["good"], ROLES, resamples=0).metrics == evaluate(table(), ["good"], ROLES, resamples=0).metrics
+    )
+    both = pa.concat_tables([negative, signs.set_column(1, "index", pa.array(np.arange(rows) + rows))])
+    with pytest.raises(ValueError, match="unknown whether these labels are classes"):
+        evaluate(both, ["good"], ROLES, resamples=0, bins=1024)
+
+
 def test_columns_of_other_types_are_read_alike():
     plain = table(index=pa.nulls(len(table()), pa.int64()))
     other = table(index=pa.nulls(len(table())), finite=np.ones(len(table()), dtype=int))
@@ -272,6 +292,12 @@ def test_json_round_trip(evaluation):
 def test_wrong_arguments_are_refused(arguments, error):
     with pytest.raises(ValueError, match=error):
         evaluate(**{"results": table(), "scores": ["good"], "roles": ROLES, **arguments})
+
+
+@pytest.mark.parametrize("roles", [None, ["test"], {"test": 1}])
+def test_roles_that_are_no_mapping_are_refused(roles):
+    with pytest.raises(TypeError, match="roles must be a mapping from each dataset to its role"):
+        evaluate(table(), ["good"], roles)
 
 
 def test_numbers_of_numpy_are_accepted():

@@ -229,6 +229,8 @@ def test_accepted_rows_are_counted_by_dataset() -> None:
     )
     fitted = Thresholds({"error": 0.3, "ood": 0.1}, 4, {"name": "joint_risk"}, "a guarantee", {}, together=True)
     counts = count_accepted(table, fitted)
+    negative = table.set_column(2, "label", table["label"].fill_null(-1))
+    assert count_accepted(negative, fitted) == counts
     found = {(count["dataset"], count["score"]): tuple(count.values())[2:] for count in counts}
     assert found == {
         ("test", "error"): (4, 3, 2, 1),
