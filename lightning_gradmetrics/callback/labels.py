@@ -77,12 +77,12 @@ class BatchReader:
         """Return the batch before the step.
 
         Raises:
-            ValueError: If the user's ``split_batch`` does not return inputs and labels.
+            ValueError: If the user's ``split_batch`` fails, or does not return inputs and labels.
         """
         if self.split is split_batch:
             copied = BatchCopy(batch)
             return ReadBatch(_known_inputs(batch), copied, None, copied.size)
-        parts = self.split(shallow_copy(batch))
+        parts = self._parts(batch)
         if not isinstance(parts, tuple) or len(parts) != 2:
             raise ValueError(
                 f"split_batch returned {described(parts)}; expected a pair (inputs, labels or None), as in "
@@ -92,6 +92,16 @@ class BatchReader:
         first = next(tensors_in(inputs), None)
         copied_labels = labels.detach().clone() if isinstance(labels, Tensor) else labels
         return ReadBatch(inputs, None, copied_labels, len(first) if first is not None and first.ndim else None)
+
+    def _parts(self, batch: Any) -> Any:
+        """Return what the user's ``split_batch`` returns; an error of it says that it is one."""
+        try:
+            return self.split(shallow_copy(batch))
+        except Exception as problem:
+            raise ValueError(
+                f"split_batch failed for a batch that is {described(batch)} with {type(problem).__name__}: {problem}. It takes a batch "
+                "and returns (inputs, labels or None)"
+            ) from problem
 
     def rows(self, batch: ReadBatch, calls: Sequence[ModelCall], inputs: Inputs | None, size: int) -> SampleRows:
         """Return which rows of the batch the model received, in which order.

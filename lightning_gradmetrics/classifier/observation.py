@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_gradmetrics.classifier.forward import Inputs, as_rows, map_tensors, tensors_in
+from lightning_gradmetrics.classifier.forward import Inputs, as_rows, logits_in, map_tensors, tensors_in
 from lightning_gradmetrics.classifier.head import LayerCall
 from lightning_gradmetrics.classifier.label_choice import LABEL_ARGUMENTS
 
@@ -260,7 +260,7 @@ def _observe_model(
         if ended.call is None or has_raised:
             return
         try:
-            ended.call.logits = _copied_logits(logits_fn(output))
+            ended.call.logits = _copied_logits(_logits(logits_fn, output))
         except Exception as problem:  # raised later, if these logits are needed
             ended.call.problem = problem
         calls.append(ended.call)
@@ -283,6 +283,19 @@ def _copied_call(seen: Observation, module: nn.Module, args: tuple[Any, ...], kw
     if seen.autocast is None:
         seen.note_autocast(received)
     return ModelCall(inputs, received)
+
+
+def _logits(logits_fn: Callable[[Any], Tensor], output: Any) -> Any:
+    """Return what ``logits_fn`` returns; an error of the user's function says that it is one."""
+    if logits_fn is logits_in:
+        return logits_in(output)
+    try:
+        return logits_fn(output)
+    except Exception as problem:
+        raise ValueError(
+            f"logits_fn failed for an output of type {type(output).__name__} with {type(problem).__name__}: {problem}. It takes the "
+            "model's output and returns the logits (N, C)"
+        ) from problem
 
 
 def _copied_logits(logits: Any) -> Tensor:

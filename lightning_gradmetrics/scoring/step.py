@@ -387,9 +387,4 @@ def _existing(logits: Tensor | None, calls: Sequence[ModelCall]) -> Tensor:
         return logits
     problem = calls[0].problem
     assert problem is not None
-    if isinstance(problem, (TypeError, ValueError)):
-        raise problem
-    raise ValueError(
-        f"logits_fn failed for the output of the model with {type(problem).__name__}: {problem}. It takes the model's output "
-        "and returns the logits (N, C)"
-    ) from problem
+    raise problem
