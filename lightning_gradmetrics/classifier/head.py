@@ -273,7 +273,8 @@ def head_of(model: nn.Module, call: LayerCall) -> Head:
     They are the layer's own parameters, or those of the affine map that the layer computes (such as LoRA).
 
     Raises:
-        HeadNotFoundError: If the call is not an affine map of features ``(N, D)``.
+        HeadNotFoundError: If the call is not an affine map of features ``(N, D)``, or if the gradient of a linear layer's weight is not
+            that of this map's weight.
     """
     if call.features is None or call.output is None:
         raise HeadNotFoundError(
@@ -297,7 +298,30 @@ def head_of(model: nn.Module, call: LayerCall) -> Head:
             f"the layer {call.name!r} is not a linear function of its input, so it cannot be the head of the closed "
             "forms. Take its gradient by a backward pass, as in target='all'"
         )
+    if not _has_gradient_of_map(layer, call.features[:CHECKED_ROWS]):
+        raise HeadNotFoundError(
+            f"the gradient of the weight of the layer {call.name!r} is not that of the linear function which the layer computes, "
+            f"as when a hook scales its output. Take it by a backward pass, as in gradnorm(target='{call.name}.weight')"
+        )
     return Head(call.name, *made)
+
+
+def _has_gradient_of_map(layer: nn.Module, features: Tensor) -> bool:
+    """Return whether the gradient of a linear layer's own weight is that of the weight of its affine map, as with LoRA added to it."""
+    own = dict(layer.named_parameters(recurse=False)).get("weight")
+    if not isinstance(layer, nn.Linear) or own is None or not own.is_floating_point():
+        return True
+    weight = own.detach().requires_grad_()
+    with torch.enable_grad():
+        output = torch.func.functional_call(layer, {"weight": weight}, (features.detach(),))
+    if not output.requires_grad:
+        return True
+    g = torch.linspace(-1, 2, output.numel(), dtype=output.dtype, device=output.device).view_as(output)
+    (found,) = torch.autograd.grad(output, weight, g, allow_unused=True)
+    if found is None:
+        return True
+    expected = g.T.float() @ features.float()
+    return bool((found.float() - expected).norm() <= ROUNDING * max(_rounding(output), 1e-7) * expected.norm())
 
 
 @torch.no_grad()
@@ -325,11 +349,15 @@ def _reproduces(weight: Tensor, bias: Tensor | None, call: LayerCall) -> bool:
     made = _product(features, weight, bias)
     size = _product(features.abs(), weight.abs(), None if bias is None else bias.abs())
     known = made.isfinite() & output.isfinite()
-    rounding = torch.finfo(output.dtype).eps if output.dtype.is_floating_point else 1.0
-    if output.is_cuda and output.dtype == torch.float32:
-        rounding = 1e-3  # TF32
     error = (made - output.to(made.dtype)).abs()
-    return bool((error <= ROUNDING * rounding * size + 1e-30)[known].all())
+    return bool((error <= ROUNDING * _rounding(output) * size + 1e-30)[known].all())
+
+
+def _rounding(output: Tensor) -> float:
+    """Return the relative rounding error of a matrix product."""
+    if output.is_cuda and output.dtype == torch.float32:
+        return 1e-3  # TF32
+    return torch.finfo(output.dtype).eps if output.dtype.is_floating_point else 1.0
 
 
 def _whole(parameter: Tensor) -> Tensor:

@@ -101,6 +101,19 @@ def test_a_layer_that_is_not_linear_is_refused() -> None:
     assert len(lgm.score(model, x, "max_softmax")["max_softmax"]) == 6
 
 
+def test_a_hook_that_scales_the_output_of_a_linear_layer_is_refused() -> None:
+    """The gradient of its weight has the factor too; that of the linear function, whose weight is twice as large, has not."""
+    model, x = with_head(nn.Linear(8, 3)), torch.randn(6, 5).double()
+    handle = model[2].register_forward_hook(lambda layer, arguments, output: 2 * output)
+    with pytest.raises(HeadNotFoundError, match=r"is not that of the linear function.*target='2\.weight'"):
+        lgm.score(model, x, "gradnorm")
+    handle.remove()
+    delta = torch.randn(3, 8).double()
+    model[2].register_forward_hook(lambda layer, arguments, output: output + arguments[0] @ delta.T)
+    found = lgm.score(model, x, ["gradnorm", "gradnorm(target='2.weight')"])
+    torch.testing.assert_close(*found.values())
+
+
 def test_the_error_for_two_columns_of_one_logit_names_a_way_that_works() -> None:
     model, x = with_head(nn.Linear(8, 1)), torch.randn(6, 5).double()
     with pytest.raises(HeadNotFoundError, match=r"Let logits_fn return z alone.*target='2\.weight'"):
