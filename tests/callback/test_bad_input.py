@@ -132,7 +132,11 @@ OUTPUTS: list[tuple[Callable[[Tensor], Any], dict[str, Any], str]] = [
     (lambda z: z, {"logits_fn": lambda z: z.tolist()}, r"logits_fn returned a list.*expected a tensor \(N, C\)"),
     (lambda z: z, {"logits_fn": lambda z: z["logits"]}, r"logits_fn failed.*It takes the model's output"),
     (lambda z: z, {"logits_fn": lambda z: z.logits}, r"failed for an output of type Tensor with AttributeError"),
-    (lambda z: z, {"logits_fn": lambda z: torch.cat(z, "c")}, r"logits_fn failed.* with TypeError.*returns the logits"),
+    (
+        lambda z: z,
+        {"logits_fn": lambda z: torch.cat(z, "c")},
+        r"(?s)logits_fn failed.* with TypeError.*returns the logits",
+    ),
     (lambda z: z, {"split_batch": lambda b: (b["x"], b["y"])}, r"split_batch failed for a batch that is a list of 2"),
     (lambda z: z, {"logits_fn": lambda z: z.argmax(1)}, r"shape \(4,\).*expected \(N, C\)"),
     (lambda z: z, {"logits_fn": lambda z: z.long()}, r"logits.*int64.*floating"),
