@@ -41,11 +41,18 @@ def has_hidden_results(
     strangers, kept = three.origins.strangers, set(two.origins.strangers.values())
     if strangers:
         kept.update(three.memory_of(tensors_in([call.result for call in calls])))
-    for small, large in zip(two.operations, three.operations, strict=False):
+    if not kept.issuperset(strangers.values()):
+        return True
+    for small, large in zip(_without_detach(two), _without_detach(three), strict=False):
         for serial, before, after in zip(large.input_serials, small.inputs, large.inputs, strict=False):
-            if serial in strangers and (before != after or strangers[serial] not in kept):
+            if serial in strangers and before != after:
                 return True
     return False
+
+
+def _without_detach(trace: DependenceTrace) -> list[Operation]:
+    """Return the operations without those that only detach a tensor, of which one pass may have more than another."""
+    return [operation for operation in trace.operations if operation.name != "detach"]
 
 
 def mixes_samples(two: Sequence[Operation], three: Sequence[Operation], logits: int) -> bool:
