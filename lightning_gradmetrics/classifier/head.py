@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_gradmetrics.classifier.forward import as_rows
+from lightning_gradmetrics.classifier.forward import as_rows, gradients_enabled
 
 __all__ = [
     "Head",
@@ -311,13 +311,13 @@ def _has_gradient_of_map(layer: nn.Module, features: Tensor) -> bool:
     own = dict(layer.named_parameters(recurse=False)).get("weight")
     if not isinstance(layer, nn.Linear) or own is None or not own.is_floating_point():
         return True
-    weight = own.detach().requires_grad_()
-    with torch.enable_grad():
-        output = torch.func.functional_call(layer, {"weight": weight}, (features.detach(),))
-    if not output.requires_grad:
-        return True
-    g = torch.linspace(-1, 2, output.numel(), dtype=output.dtype, device=output.device).view_as(output)
-    (found,) = torch.autograd.grad(output, weight, g, allow_unused=True)
+    with gradients_enabled():  # the features are cloned, because a step may have made them in inference mode
+        weight = own.detach().clone().requires_grad_()
+        output = torch.func.functional_call(layer, {"weight": weight}, (features.clone(),))
+        if not output.requires_grad:
+            return True
+        g = torch.linspace(-1, 2, output.numel(), dtype=output.dtype, device=output.device).view_as(output)
+        (found,) = torch.autograd.grad(output, weight, g, allow_unused=True)
     if found is None:
         return True
     expected = g.T.float() @ features.float()

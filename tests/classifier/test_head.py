@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import lightning_gradmetrics as lgm
 from lightning_gradmetrics.classifier.head import HeadNotFoundError, find_head, head_of
 from lightning_gradmetrics.classifier.observation import observing
+from tests.callback.runs import Stepped, batches, column, test_run
 
 SCORES = ["gradnorm", "pseudo_label", "feature_norm"]
 
@@ -105,13 +106,19 @@ def test_a_hook_that_scales_the_output_of_a_linear_layer_is_refused() -> None:
     """The gradient of its weight has the factor too; that of the linear function, whose weight is twice as large, has not."""
     model, x = with_head(nn.Linear(8, 3)), torch.randn(6, 5).double()
     handle = model[2].register_forward_hook(lambda layer, arguments, output: 2 * output)
-    with pytest.raises(HeadNotFoundError, match=r"is not that of the linear function.*target='2\.weight'"):
+    message = r"is not that of the linear function.*target='(net\.)?2\.weight'"
+    with pytest.raises(HeadNotFoundError, match=message):
         lgm.score(model, x, "gradnorm")
+    with pytest.raises(HeadNotFoundError, match=message):  # in inference mode
+        test_run(lgm.GradientMetrics("gradnorm"), Stepped(model), batches(x, torch.arange(6) % 3))
     handle.remove()
     delta = torch.randn(3, 8).double()
     model[2].register_forward_hook(lambda layer, arguments, output: output + arguments[0] @ delta.T)
     found = lgm.score(model, x, ["gradnorm", "gradnorm(target='2.weight')"])
     torch.testing.assert_close(*found.values())
+    callback = lgm.GradientMetrics("gradnorm")
+    test_run(callback, Stepped(model), batches(x, torch.arange(6) % 3))
+    torch.testing.assert_close(column(callback, "gradnorm"), found["gradnorm"])
 
 
 def test_the_error_for_two_columns_of_one_logit_names_a_way_that_works() -> None:
